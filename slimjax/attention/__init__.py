@@ -1,0 +1,1 @@
+"""Attention as pure functions: the plain reference, positions, masks, and one file per cache basis."""

@@ -1,0 +1,56 @@
+"""The bases by the names of the scheme grammar. A new basis is one module with these functions."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from jaxtyping import Array, Int
+
+from slimjax.attention import k, kv, v, x
+from slimjax.attention.projections import DecodeWeights, Projections
+from slimjax.attention.reference import Geometry
+from slimjax.axes import Inputs, Queries
+from slimjax.cache import Streams
+from slimjax.kernels.spec import DecodeSpec
+
+
+class Basis(Protocol):
+    """What is cached, and how attention works on it."""
+
+    def refusal(self, spec: DecodeSpec) -> str | None:
+        """Why ``spec`` cannot use the basis (what to use instead included), or None."""
+        ...
+
+    def streams(self, spec: DecodeSpec) -> Streams:
+        """The cached streams: name -> (heads, size) of a token's row."""
+        ...
+
+    def rows(
+        self, x: Inputs, projections: Projections, positions: Int[Array, "B T"], spec: DecodeSpec
+    ) -> Mapping[str, Array]:
+        """What is cached of new tokens at ``positions``, [B, T, heads, size] per stream, unrounded."""
+        ...
+
+    def attend(
+        self,
+        q: Queries,
+        cached: Mapping[str, Array],
+        weights: DecodeWeights,
+        spec: DecodeSpec,
+        where: Geometry,
+    ) -> Queries:
+        """Attention of unrotated queries on decoded rows (zero past each length), in ``spec.dtype``."""
+        ...
+
+
+BASES: dict[str, Basis] = {"kv": kv, "k": k, "v": v, "x": x}
+
+
+def basis(spec: DecodeSpec) -> Basis:
+    """The basis of a spec. Raises NotImplementedError with the reason where the spec cannot use it."""
+    name = spec.scheme.basis
+    if name not in BASES:
+        raise NotImplementedError(f"scheme {spec.scheme}: basis {name!r} is not implemented for this layer")
+    reason = BASES[name].refusal(spec)
+    if reason:
+        raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
+    return BASES[name]

@@ -1,0 +1,119 @@
+"""One attention layer, from its inputs to its output: without a cache, filling one, and through one."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from slimjax.attention.bases import basis
+from slimjax.attention.positions import rotate
+from slimjax.attention.projections import DecodeWeights, Projections, project, project_out
+from slimjax.attention.reference import attend, geometry
+from slimjax.axes import Inputs, Lengths, typed
+from slimjax.cache import Cache, append, codec_of, empty
+from slimjax.kernels.api import decode
+from slimjax.kernels.spec import DecodeSpec
+from slimjax.pytree import pytree, static
+
+
+@pytree
+class CachedAttention:
+    """A layer made ready for one scheme by ``slimjax.solve.convert``.
+
+    Attributes:
+        projections: as trained, but with the value bias folded into the output bias (``bv`` is None).
+        weights: what decoding needs beside the cache.
+        spec: static.
+    """
+
+    projections: Projections
+    weights: DecodeWeights
+    spec: DecodeSpec = static()
+
+
+@typed
+def attend_full(
+    x: Inputs,
+    projections: Projections,
+    spec: DecodeSpec,
+    *,
+    mask: Bool[Array, "B #N T T"] | None = None,
+    length: Lengths | None = None,
+) -> Inputs:
+    """Attention of T tokens on themselves, no cache: training, scoring, prefill.
+
+    Args:
+        x: the layer's (normalised) inputs, any float dtype.
+        projections: the layer's weights; used in ``spec.dtype``.
+        spec: its scheme is not looked at.
+        mask: further restricts what the spec's causality and window leave visible.
+        length: [B], tokens of each right-padded sequence; None: all T.
+
+    Returns:
+        The layer's output in ``spec.dtype``.
+    """
+    batch, tokens, _ = x.shape
+    positions = jnp.arange(tokens, dtype=jnp.int32)
+    everywhere = jnp.broadcast_to(positions[None], (batch, tokens))
+    held = jnp.full((batch,), tokens, jnp.int32) if length is None else length
+    q = project(x, projections.wq, projections.bq, spec.dtype)
+    k = rotate(project(x, projections.wk, projections.bk, spec.dtype), everywhere, spec.position)
+    v = project(x, projections.wv, projections.bv, spec.dtype)
+    where = geometry(everywhere, positions, held, projections.position, spec)
+    if mask is not None:
+        where = where.restrict(mask)
+    out = attend(q, k.astype(spec.dtype), v.astype(spec.dtype), where, spec)
+    return project_out(out, projections.wo, projections.bo, spec.dtype)
+
+
+def init_cache(spec: DecodeSpec, *, batch: int, capacity: int) -> Cache:
+    """An empty cache for a layer. Raises NotImplementedError where the spec cannot use its basis."""
+    return empty(basis(spec).streams(spec), codec_of(spec.scheme), batch=batch, capacity=capacity)
+
+
+@typed
+def prefill(
+    x: Inputs, layer: CachedAttention, cache: Cache, *, count: Lengths | None = None
+) -> tuple[Inputs, Cache]:
+    """A first chunk: attention on its own exact keys and values, and the cache written behind it.
+
+    As in arXiv 2503.05840: V = X W_V costs prefill nothing extra, so nothing is rebuilt from the cache.
+
+    Args:
+        x: [B, T, D].
+        layer: the converted layer.
+        cache: an *empty* cache.
+        count: [B], tokens of each right-padded sequence; None: all T.
+
+    Returns:
+        The layer's output (rows past ``count`` are meaningless) and the filled cache.
+    """
+    out = attend_full(x, layer.projections, layer.spec, length=count)
+    return out, _append(x, layer, cache, count)
+
+
+@typed
+def attend_cached(
+    x: Inputs, layer: CachedAttention, cache: Cache, *, count: Lengths | None = None
+) -> tuple[Inputs, Cache]:
+    """Append T tokens, then attend to everything *through the cache*: decoding, later chunks, evaluation.
+
+    Args:
+        x: [B, T, D], any T >= 1.
+        layer: the converted layer.
+        cache: what came before.
+        count: [B], tokens of each right-padded sequence; None: all T.
+
+    Returns:
+        The layer's output (rows past ``count`` are meaningless) and the longer cache.
+    """
+    spec = layer.spec
+    q = project(x, layer.projections.wq, layer.projections.bq, spec.dtype).astype(spec.dtype)
+    longer = _append(x, layer, cache, count)
+    out = decode(q, longer, layer.weights, spec, start=cache.length)
+    return project_out(out, layer.projections.wo, layer.projections.bo, spec.dtype), longer
+
+
+def _append(x: Inputs, layer: CachedAttention, cache: Cache, count: Lengths | None) -> Cache:
+    """The cache with the rows of x behind what it held."""
+    positions = cache.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
+    rows = basis(layer.spec).rows(x, layer.projections, positions, layer.spec)
+    return append(cache, rows, codec_of(layer.spec.scheme), count)

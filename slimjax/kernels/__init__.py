@@ -1,0 +1,1 @@
+"""Decode attention behind one call: ``slimjax.decode``."""

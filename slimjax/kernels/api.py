@@ -1,0 +1,67 @@
+"""The one public decode call and the choice of what executes it."""
+
+from collections.abc import Callable
+
+import jax
+
+from slimjax.attention.projections import DecodeWeights
+from slimjax.axes import Lengths, Queries, typed
+from slimjax.cache import Cache
+from slimjax.kernels import reference
+from slimjax.kernels.spec import DecodeSpec
+from slimjax.scheme import suggest
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference.decode}
+
+# What ``implementation=None`` tries, in this order, by jax backend.
+_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "gpu": ("reference",), "tpu": ("reference",)}
+
+
+@typed
+def decode(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    *,
+    implementation: str | None = None,
+    start: Lengths | None = None,
+) -> Queries:
+    """Attention of new queries on a cache that already holds their tokens.
+
+    Args:
+        q: [B, T, N, H] queries before any rotation.
+        cache: the layer's cache, the T tokens of the queries appended.
+        weights: the layer's arrays that stand in for what the basis does not cache.
+        spec: static; scheme, head layout, position scheme, compute dtype.
+        implementation: "reference"; None tries the ones for the running backend in order.
+        start: [B], absolute position of each sequence's first query; None: the last T tokens of each,
+            ``cache.length - T``.
+
+    Returns:
+        [B, T, N, H] in ``spec.dtype``, before the output projection. A sequence that has overrun its
+        capacity is NaN; a query that sees no key is 0.
+
+    Raises:
+        ValueError: shapes that do not fit the spec, or an unknown implementation.
+        NotImplementedError: a named implementation, or every one tried, refuses; with its reasons.
+    """
+    batch, tokens, heads, size = q.shape
+    if (heads, size) != (spec.heads, spec.head_dim):
+        raise ValueError(f"q has N, H = {heads}, {size}, the spec {spec.heads}, {spec.head_dim}")
+    if batch != cache.batch:
+        raise ValueError(f"q has {batch} sequences, the cache {cache.batch}")
+    first = cache.length - tokens if start is None else start
+    if implementation is not None:
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"unknown implementation {implementation!r}{suggest(implementation, IMPLEMENTATIONS)}"
+            )
+        return IMPLEMENTATIONS[implementation](q, cache, weights, spec, first)
+    reasons = []
+    for name in _ORDER.get(jax.default_backend(), ("reference",)):
+        try:
+            return IMPLEMENTATIONS[name](q, cache, weights, spec, first)
+        except NotImplementedError as refusal:
+            reasons.append(f"{name}: {refusal}")
+    raise NotImplementedError("; ".join(reasons))

@@ -1,0 +1,67 @@
+"""The static half of a decode call: everything about a layer's attention that is not an array."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from slimjax.attention.positions import Position
+from slimjax.scheme import Scheme
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeSpec:
+    """What ``decode`` needs to know beside its arrays. Hashable: a jit's static argument.
+
+    Attributes:
+        scheme: basis, option, codec, softmax.
+        heads, kv_heads, head_dim, width: N, K, H, D.
+        position: the position scheme.
+        window: tokens a query sees, itself included; None: all before it.
+        softcap: scores become softcap * tanh(scores / softcap); None: as they are.
+        scale: what scores are multiplied by; None: H^-0.5.
+        dtype: compute dtype of q, P and the output. Rows read from the cache are never rounded to it
+            before they meet W_KV.
+        causal: whether a query sees only keys at and before its own position.
+
+    Raises:
+        ValueError: heads not a multiple of kv_heads, or a non-positive size, window, softcap.
+    """
+
+    scheme: Scheme
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    position: Position = Position()
+    window: int | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    dtype: str = "float32"
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.heads, self.kv_heads, self.head_dim, self.width) < 1:
+            raise ValueError(f"heads, kv_heads, head_dim and width must be positive: {self}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads=} is not a multiple of {self.kv_heads=}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"{self.dtype=} is none of {', '.join(_DTYPES)}")
+        if (self.window is not None and self.window < 1) or (self.softcap is not None and self.softcap <= 0):
+            raise ValueError(f"{self.window=} and {self.softcap=} must be positive or None")
+
+    @property
+    def group(self) -> int:
+        """G, query heads per key/value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def key_width(self) -> int:
+        """E = K*H."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def accumulation(self) -> jnp.dtype:
+        """The dtype of sums and of rows read from the cache: float64 for float64, else float32."""
+        return jnp.dtype("float64" if self.dtype == "float64" else "float32")

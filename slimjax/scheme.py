@@ -1,0 +1,118 @@
+"""The grammar of decode-attention schemes: ``basis[option]:codec[bits][/group][+R][@softmax]``.
+
+    kv:bf16          keys and values, bfloat16            k:int16+16       keys and 16 extra coordinates
+    k:bf16           keys only, V = K W_KV absorbed       kv:flashq4/64    4 bits, groups of 64 tokens
+    k1:bf16          the same, V rebuilt before weighing  kv:flashq2-4@sas mixed 2 and 4 bits, SAS softmax
+
+``option`` is how a cache that lacks K or V stands in for it (arXiv 2503.05840, section 1):
+1 rebuilds the missing rows and then attends, 2 (the default) absorbs the weights and works on the
+cached rows themselves. Several schemes are separated by commas (cross attention, then self attention).
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Collection
+
+BASES = {
+    "kv": "keys and values",
+    "k": "keys only",
+    "v": "values only",
+    "x": "attention inputs",
+    "e": "encoder output",
+}
+_OPTIONS = {"kv": 0, "k": 2, "v": 2, "x": 2, "e": 2}  # the default; 0 = the basis has no option
+_FORM = re.compile(
+    r"(?P<basis>[a-z]+)(?P<option>\d?):(?P<codec>[a-z][a-z0-9_-]*)"
+    r"(?:/(?P<group>\d+))?(?:\+(?P<extra>\d+))?(?:@(?P<softmax>[a-z][a-z0-9_().,-]*))?"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What is cached, how it is stored and how its scores are weighed. Hashable; ``str`` gives the grammar.
+
+    Attributes:
+        basis: "kv", "k", "v", "x" or "e".
+        option: 1 (rebuild) or 2 (absorb); 0 for kv, which lacks nothing.
+        codec: a name that ``slimjax.codec`` knows.
+        bits: bits per value where the codec offers a choice, such as "4" or "2-4" (mixed); else None.
+        group: tokens or values per quantisation group; None for the codec's default.
+        extra: R, extra cached coordinates per token (k only).
+        softmax: "exact" or another weighing.
+    """
+
+    basis: str
+    codec: str
+    option: int = 0
+    bits: str | None = None
+    group: int | None = None
+    extra: int = 0
+    softmax: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.basis not in BASES:
+            raise ValueError(f"unknown basis {self.basis!r}{suggest(self.basis, BASES)}")
+        if not self.option:
+            object.__setattr__(self, "option", _OPTIONS[self.basis])
+        if self.option not in ((0,) if self.basis == "kv" else (1, 2)):
+            raise ValueError(f"basis {self.basis!r} has no option {self.option}")
+        if self.extra and self.basis != "k":
+            raise ValueError(f"+{self.extra} extra coordinates belong to basis k, not {self.basis!r}")
+
+    def __str__(self) -> str:
+        option = "" if self.option == _OPTIONS[self.basis] else str(self.option)
+        group = f"/{self.group}" if self.group else ""
+        extra = f"+{self.extra}" if self.extra else ""
+        softmax = "" if self.softmax == "exact" else f"@{self.softmax}"
+        return f"{self.basis}{option}:{self.codec}{self.bits or ''}{group}{extra}{softmax}"
+
+
+def suggest(name: str, known: Collection[str]) -> str:
+    """The tail of an error message about an unknown name: the nearest known one, and all of them."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    nearest = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{nearest} (known: {', '.join(known)})"
+
+
+def parse_scheme(text: str) -> Scheme:
+    """One scheme from its text. Raises ValueError naming the part that is wrong and what is known."""
+    from slimjax.attention.softmax import SOFTMAXES  # the registries import Scheme's users
+    from slimjax.cache.codecs import CODECS
+
+    match = _FORM.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"scheme {text!r} is not of the form basis[option]:codec[bits][/group][+R][@softmax], e.g. k:int16+16"
+        )
+    part = match.groupdict()
+    try:
+        name, bits = _split_codec(part["codec"], CODECS)
+        scheme = Scheme(
+            basis=part["basis"],
+            option=int(part["option"] or 0),
+            codec=name,
+            bits=bits,
+            group=int(part["group"]) if part["group"] else None,
+            extra=int(part["extra"] or 0),
+            softmax=part["softmax"] or "exact",
+        )
+        if scheme.softmax not in SOFTMAXES:
+            raise ValueError(f"unknown softmax {scheme.softmax!r}{suggest(scheme.softmax, SOFTMAXES)}")
+    except ValueError as error:
+        raise ValueError(f"scheme {text!r}: {error}") from None
+    return scheme
+
+
+def parse_schemes(text: str) -> tuple[Scheme, ...]:
+    """Comma-separated schemes, such as ``e:bf16,k:int16+16`` (cross attention, then self attention)."""
+    return tuple(parse_scheme(part) for part in text.split(","))
+
+
+def _split_codec(text: str, known: Collection[str]) -> tuple[str, str | None]:
+    """``flashq2-4`` -> ("flashq", "2-4"): the longest known name, then its bits."""
+    for name in sorted(known, key=len, reverse=True):
+        rest = text[len(name) :]
+        if text.startswith(name) and re.fullmatch(r"(\d(-\d)?)?", rest):
+            return name, rest or None
+    raise ValueError(f"unknown codec {text!r}{suggest(text, known)}")
