@@ -125,8 +125,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if decoding:
             return self._decode(inputs_q, mask)
         spec = self.decode_spec()
-        causal = bool(kwargs.get("is_causal", False))
-        return attend_full(inputs_q, self.projections(), dataclasses.replace(spec, causal=causal), mask=mask)
+        spec = dataclasses.replace(spec, causal=bool(kwargs.get("is_causal", False)))
+        # flax makes masks of any dtype; nonzero is visible.
+        return attend_full(
+            inputs_q, self.projections(), spec, mask=None if mask is None else mask.astype(bool)
+        )
 
     def _decode(self, inputs: Array, mask: Array | None) -> Array:
         """One step through the scheme's cache, which is updated in place as NNX modules do."""

@@ -1,0 +1,203 @@
+"""Every basis, option, position scheme and head layout against the float64 oracle: algebra, then precision."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import suites
+from jax.test_util import check_grads
+
+import oracle
+import slimjax
+from slimjax.attention.layer import attend_cached, attend_full, init_cache, prefill
+from slimjax.cache import codec_of
+from slimjax.numerics import relative_l2, tolerance
+from slimjax.solve import convert
+
+
+def through_cache(case, chunks=None, *, first_exact=False):
+    """All tokens of a case through its cache, in chunks of the given sizes."""
+    layer = convert(case.projections, case.spec).layer
+    x = case.inputs
+    cache = init_cache(case.spec, batch=x.shape[0], capacity=x.shape[1] + 3)
+    out, done = [], 0
+    for size in chunks or (x.shape[1],):
+        step = prefill if first_exact and not done else attend_cached
+        y, cache = step(x[:, done : done + size], layer, cache)
+        out.append(np.asarray(y).astype(np.float64))
+        done += size
+    return np.concatenate(out, axis=1)
+
+
+@pytest.mark.parametrize(("variant", "layout", "position"), suites.SERVED)
+def test_identity(variant, layout, position, x64):
+    """In float64 every basis equals ordinary attention, up to 1e-10 times the condition of what it inverts."""
+    case = suites.subject(f"{variant}:float64", layout, position)
+    expected = suites.oracle_output(case)
+    limit = 1e-12 * max(case.condition, 10.0)
+    assert limit <= 1e-10 * case.condition
+    assert relative_l2(attend_full(case.inputs, case.projections, case.spec), expected) < 1e-13
+    assert relative_l2(through_cache(case), expected) < limit
+
+
+@pytest.mark.parametrize(("variant", "layout", "position"), suites.REFUSED)
+def test_what_cannot_be_done_is_refused(variant, layout, position, x64):
+    case = suites.subject(f"{variant}:float64", layout, position)
+    with pytest.raises(NotImplementedError, match=r"decoder\.3.*(use|option) "):
+        convert(case.projections, case.spec, layer="decoder.3")
+    with pytest.raises(NotImplementedError):
+        init_cache(case.spec, batch=1, capacity=1)
+
+
+@pytest.mark.parametrize("variant", suites.VARIANTS)
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 3}, {"softcap": 1.5}, {"scale": 1.0}, {"causal": False}, {"window": 2, "softcap": 2.0}],
+    ids=str,
+)
+def test_identity_of_options(variant, options, x64):
+    case = suites.subject(f"{variant}:float64", "mha", "alibi", **options)
+    expected = suites.oracle_output(case)
+    assert relative_l2(attend_full(case.inputs, case.projections, case.spec), expected) < 1e-13
+    assert relative_l2(through_cache(case), expected) < 1e-12 * max(case.condition, 10.0)
+
+
+@pytest.mark.parametrize("position", ["none", "rope", "alibi"])
+@pytest.mark.parametrize("variant", suites.VARIANTS)
+def test_chunks_equal_all_at_once_and_token_by_token(variant, position, x64):
+    if suites.is_refused(variant, "mha", position):
+        pytest.skip("refused; see test_what_cannot_be_done_is_refused")
+    case = suites.subject(f"{variant}:float64", "mha", position)
+    whole = through_cache(case)
+    for chunks in ((1,) * 9, (4, 5), (1, 7, 1), (8, 1)):
+        np.testing.assert_allclose(through_cache(case, chunks), whole, rtol=0, atol=1e-12 * case.condition)
+        exact_first = through_cache(case, chunks, first_exact=True)
+        np.testing.assert_allclose(exact_first, whole, rtol=0, atol=1e-12 * case.condition)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "fp16", "int16", "int8"])
+@pytest.mark.parametrize("variant", ["kv", "k2", "x1"])
+def test_chunks_store_the_same_codes(variant, codec):
+    """A codec is token-local, so even coarse caches are equal however the tokens arrive."""
+    case = suites.subject(f"{variant}:{codec}", "mha", "rope", dtype="float32")
+    whole = through_cache(case)
+    # float32 products of other shapes may add in another order and move a value across a rounding boundary.
+    assert relative_l2(through_cache(case, (2, 1, 6)), whole) < 2 * jnp.finfo(jnp.float16).eps
+
+
+def decode_against_oracle(
+    variant, codec, dtype, *, position="alibi", w_kv=None, size=(4, 4, 16, 64), tokens=48
+):
+    """Relative error of ``decode`` alone: the oracle gets the same decoded rows and the same weights."""
+    case = suites.subject(
+        f"{variant}:{codec}", size, position, dtype=dtype, tokens=tokens, batch=1, biases=False
+    )
+    converted = convert(case.projections, case.spec)
+    layer, figures = converted.layer, converted.figures
+    cache = init_cache(case.spec, batch=1, capacity=tokens)
+    _, cache = attend_cached(case.inputs, layer, cache)
+    weights = (
+        layer.weights if w_kv is None else dataclasses.replace(layer.weights, w_kv=w_kv(layer.weights.w_kv))
+    )
+    queries = 4
+    q = jnp.asarray(oracle.project(case.x[:, -queries:], case.arrays["wq"]), "float32")
+    value = slimjax.decode(q, cache, weights, case.spec)
+    steps = np.arange(tokens)
+    q = oracle.f64(q)
+    if suites.rope_of(case.spec):
+        q = oracle.rotate(q, steps[-queries:], *suites.rope_of(case.spec))
+    stored = codec_of(case.spec.scheme)
+    rows = {name: oracle.f64(stored.decode(codes)) for name, codes in cache.streams.items()}
+    bias = suites.oracle_bias(case, steps[-queries:], steps)
+    options = {"bias": bias, "rope": suites.rope_of(case.spec), "option": case.spec.scheme.option}
+    exact = {name: oracle.f64(array) for name, array in vars(layer.weights).items() if array is not None}
+    if variant == "kv":
+        expected = oracle.attend(q, rows["k"], rows["v"], bias=bias)
+    elif variant[0] == "k":
+        expected = oracle.k_basis(q, rows["k"], exact["w_kv"], **options)
+    elif variant[0] == "v":
+        expected = oracle.v_basis(q, rows["v"], exact["w_vk"], **options)
+    else:
+        expected = oracle.x_basis(q, rows["x"][:, :, 0], exact["wk"], exact["wv"], **options)
+    limit = tolerance(dtype, size=case.spec.width, gain=figures.noise_gain or 1.0)
+    return relative_l2(value, expected), limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("variant", suites.VARIANTS)
+@pytest.mark.parametrize("codec", ["float32", "bf16", "int16"])
+def test_precision(variant, codec, dtype):
+    """The arithmetic of decode, apart from the codec's rounding, stays within the derived tolerance."""
+    error, limit = decode_against_oracle(variant, codec, dtype)
+    assert error < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_tolerance_is_tight(dtype):
+    """The worst basis comes within a factor 10 of the tolerance, so a loss of three bits would be seen."""
+    errors, limits = zip(*(decode_against_oracle(v, "int16", dtype) for v in suites.VARIANTS), strict=True)
+    assert max(e / limit for e, limit in zip(errors, limits, strict=True)) > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bfloat16_weights_break_the_tolerance(dtype):
+    """Why W_KV is float32: rounded to bfloat16 (or multiplied so) it misses the tolerance that float32 keeps."""
+    error, limit = decode_against_oracle("k2", "int16", dtype, position="rope")
+    assert error < limit
+    rounded, _ = decode_against_oracle(
+        "k2", "int16", dtype, position="rope", w_kv=lambda m: m.astype(jnp.bfloat16).astype(jnp.float32)
+    )
+    assert rounded > limit
+
+
+@pytest.mark.parametrize("variant", suites.VARIANTS)
+def test_causality_by_gradients(variant, x64):
+    """No output depends on a later input, through the cache as without it."""
+    position = "alibi" if variant in ("v2", "x2") else "rope"
+    case = suites.subject(f"{variant}:float64", "mha", position, batch=1, tokens=6, window=4)
+    layer = convert(case.projections, case.spec).layer
+
+    def cached(x):
+        return attend_cached(x, layer, init_cache(case.spec, batch=1, capacity=6))[0].sum(axis=(0, 2))
+
+    def full(x):
+        return attend_full(x, case.projections, case.spec).sum(axis=(0, 2))
+
+    for function in (cached, full):
+        reach = np.abs(np.asarray(jax.jacobian(function)(case.inputs))).sum(axis=(1, 3)) > 0  # [T, T]
+        query, key = np.indices(reach.shape)
+        np.testing.assert_array_equal(reach, (key <= query) & (key > query - 4))
+
+
+@pytest.mark.parametrize("position", ["rope", "t5", "fire", "kerple"])
+@pytest.mark.parametrize("variant", suites.VARIANTS)
+def test_gradients(variant, position, x64):
+    """The derivative of every basis, with respect to inputs and position parameters, by finite differences."""
+    if suites.is_refused(variant, "mha", position):
+        position = "alibi"
+    case = suites.subject(f"{variant}:float64", (2, 2, 4, 8), position, batch=1, tokens=4)
+    layer = convert(case.projections, case.spec).layer
+
+    def output(x, bias):
+        weights = dataclasses.replace(layer.weights, position=bias)
+        cache = init_cache(case.spec, batch=1, capacity=4)
+        return attend_cached(x, dataclasses.replace(layer, weights=weights), cache)[0]
+
+    check_grads(output, (case.inputs, case.projections.position), order=1, modes=["rev"], eps=1e-5)
+
+
+def test_ragged_prefill_equals_each_sequence_alone(x64):
+    case = suites.subject("k:float64", "mha", "rope", batch=3)
+    layer = convert(case.projections, case.spec).layer
+    count = jnp.asarray([9, 4, 1], jnp.int32)
+    poisoned = jnp.where(jnp.arange(9)[None, :, None] < count[:, None, None], case.inputs, 1e3)
+    out, cache = prefill(poisoned, layer, init_cache(case.spec, batch=3, capacity=12), count=count)
+    step, _ = attend_cached(case.inputs[:, :1], layer, cache)
+    for b, length in enumerate((9, 4, 1)):
+        alone = init_cache(case.spec, batch=1, capacity=12)
+        expected, alone = prefill(case.inputs[b : b + 1, :length], layer, alone)
+        np.testing.assert_allclose(out[b : b + 1, :length], expected, rtol=0, atol=1e-12)
+        expected, _ = attend_cached(case.inputs[b : b + 1, :1], layer, alone)
+        np.testing.assert_allclose(step[b : b + 1], expected, rtol=0, atol=1e-9)
