@@ -1,0 +1,81 @@
+# slimjax: the commands. `make help` lists them; each can be run again, and installs only what changed.
+#
+# Time on 2 CPU cores, Python 3.11, after download of the packages: see the column of `make help`.
+# .ci/run = lint + test + test-parity + a short quickstart on 3.11, then test-fast on 3.12: under 60 minutes.
+
+PYTHON ?= python3
+# More arguments for pytest or experiments.run: make test ARGS="-k rope"
+ARGS ?=
+
+VERSION := $(shell "$(PYTHON)" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+# Plain python3 gets .venv; any other interpreter one of its own, named by its version.
+VENV := $(if $(filter python3,$(notdir $(PYTHON))),.venv,.venv-$(VERSION))
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints-$(VERSION).txt
+# Stamps carry the version, so a python3 that moved on gets a fresh environment.
+STAMP := $(VENV)/.stamp-$(VERSION)
+PINS = pyproject.toml $(CONSTRAINTS)
+INSTALL = "$(BIN)/python" -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e
+PYTEST = "$(BIN)/python" -m pytest -n 2 --durations=5
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+# Targets share one environment; pip must not run in it twice at once.
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast test-parity models lint format clean python-ok
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
+	@echo "  Options: PYTHON=python3.12 (an environment of its own), ARGS='...' (for pytest or the experiment)"
+
+quickstart: $(STAMP)-run ## train a small model on real text, convert its caches, print where report.html is (< 5 min)
+	"$(BIN)/python" -m experiments.run configs/quickstart.gin $(ARGS)
+
+test: $(STAMP)-test ## the test suite (< 12 min)
+	$(PYTEST) --ignore=tests/parity $(ARGS)
+
+test-fast: $(STAMP)-test ## the test suite without the tests marked slow
+	$(PYTEST) --ignore=tests/parity -m 'not slow' $(ARGS)
+
+test-parity: $(STAMP)-parity ## compare with torch and transformers (optional; installs them)
+	SLIMJAX_REQUIRE_PARITY=1 $(PYTEST) tests/parity $(ARGS)
+
+models: $(STAMP)-run ## fetch two real models into models/ (174 MB; no test needs them yet)
+	"$(BIN)/python" -m experiments.models models
+
+lint: $(STAMP)-lint ## ruff check, ruff format --check, pyright (< 1 min)
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/pyright" --warnings --pythonpath "$(BIN)/python"
+
+format: $(STAMP)-lint ## let ruff fix and format
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+
+clean: ## remove environments and caches (results/ and models/ stay)
+	rm -rf .venv .venv-* .pytest_cache .ruff_cache .hypothesis build dist slimjax.egg-info
+	find slimjax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+python-ok:
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "slimjax needs Python 3.11, 3.12 or 3.13; PYTHON=$(PYTHON) is '$(VERSION)'. Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "$(PYTHON) lacks the venv module (Debian and Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+
+$(STAMP)-venv: | python-ok
+	"$(PYTHON)" -m venv --clear "$(VENV)"
+	touch "$@"
+
+$(STAMP)-run: $(STAMP)-venv $(PINS)
+	@echo "Installing slimjax into $(VENV) (about 0.9 GB with its dependencies, a minute or two) ..."
+	$(INSTALL) .
+	touch "$@"
+
+# The extras go on top of slimjax in the same environment.
+$(STAMP)-test $(STAMP)-lint $(STAMP)-parity: $(STAMP)-%: $(STAMP)-run
+	@echo "Installing the extra '$*' into $(VENV) ..."
+	$(INSTALL) '.[$*]'
+	touch "$@"
+$(STAMP)-parity: $(STAMP)-test

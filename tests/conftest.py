@@ -1,0 +1,34 @@
+"""The strict process every test runs in; set before anything imports jax."""
+
+import os
+
+# A device test may name another platform; two workers on two cores must not spawn two threads each.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+os.environ["SLIMJAX_TYPECHECK"] = "1"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+import pytest
+
+# The same examples on every run: a failure found by CI is a failure anybody can repeat.
+hypothesis.settings.register_profile(
+    "slimjax",
+    derandomize=True,
+    deadline=None,
+    max_examples=20,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("slimjax")
+
+assert jax.config.jax_numpy_rank_promotion == "raise", "jax was imported before conftest set its switches"
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test: identities are proved in it, precision is measured without it."""
+    with jax.enable_x64(True):
+        yield
