@@ -1,0 +1,268 @@
+"""What the equivalence table shows of a cache scheme on a trained model.
+
+``prepare`` measures the exact model once; ``identity`` and ``measure`` hold a scheme against it. Everything
+goes through ``attend_cached``, teacher-forced: each token's row is written, rounded by the codec, and read
+back by that token and all later ones, as in decoding, but for whole sequences at once.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from slimjax.attention.layer import CachedAttention, attend_cached, attend_full, init_cache
+from slimjax.axes import Inputs
+from slimjax.config import EquivalenceConfig
+from slimjax.data import Corpus
+from slimjax.generate import generate
+from slimjax.kernels.api import decode
+from slimjax.models.decoder import DecoderLM, convert_model, init_caches
+from slimjax.numerics import greedy_agreement, logit_kl, relative_l2, top1_agreement
+from slimjax.scheme import Scheme, parse_scheme
+from slimjax.solve import Figures
+
+PROBED = 4  # sequences on which a single layer's errors are measured
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """The exact model: its weights, what it is measured on, and its float32 and float64 results there.
+
+    Attributes:
+        model: the model.
+        tokens: [B, T+1] the scored windows, then the prompts with their greedy continuation.
+        scored, width: tokens[:scored, :width + 1] are the windows; the rest of those rows is padding.
+        prompt: tokens of each prompt.
+        logits: [B, T, V], float32, no cache.
+        inputs: for each layer [PROBED, T, D], what attention is given in the exact model.
+        outputs: for each layer, attention's float64 answer to ``inputs``, [PROBED, T, D].
+        values: for each layer, the float64 values of ``inputs``, one for every query head, [PROBED, T, N, H].
+        bytes_per_token: bytes of text per token of the corpus.
+        bits_per_byte: of the exact float32 model on the scored windows.
+    """
+
+    model: DecoderLM
+    tokens: Int[Array, "B T"]
+    scored: int
+    width: int
+    prompt: int
+    logits: Float[Array, "B T V"]
+    inputs: tuple[Inputs, ...]
+    outputs: tuple[np.ndarray, ...]
+    values: tuple[np.ndarray, ...]
+    bytes_per_token: float
+    bits_per_byte: float
+
+
+def prepare(model: DecoderLM, corpus: Corpus, config: EquivalenceConfig) -> Reference:
+    """The exact model on ``config.tokens`` held-out tokens and ``config.prompts`` greedy continuations.
+
+    Raises ValueError where the held-out text is too short for that.
+    """
+    scored, width = config.tokens // config.length, config.length
+    windows = corpus.held_out_windows(scored, width)
+    prompts = corpus.held_out_windows(config.prompts, config.prompt_length)[:, :-1]
+    layers, _ = convert_model(model, "kv:float32")
+    continued = generate(model, prompts, layers=layers, max_new_tokens=config.generated)
+    rows = [windows, np.concatenate([prompts, np.asarray(continued)], axis=1)]
+    longest = max(row.shape[1] for row in rows)
+    # Right padding to one shape: causal attention does not see it, and one shape is one compilation.
+    tokens = jnp.asarray(np.concatenate([np.pad(row, ((0, 0), (0, longest - row.shape[1]))) for row in rows]))
+    logits = _logits(model, tokens[:, :-1])
+    inputs = _attention_inputs(model, tokens[:PROBED, :-1])
+    exact = [_exact_layer(model, index, x) for index, x in enumerate(inputs)]
+    return Reference(
+        model=model,
+        tokens=tokens,
+        scored=scored,
+        width=width,
+        prompt=config.prompt_length,
+        logits=logits,
+        inputs=inputs,
+        outputs=tuple(output for output, _ in exact),
+        values=tuple(value for _, value in exact),
+        bytes_per_token=corpus.bytes_per_token,
+        bits_per_byte=_bits(logits[:scored, :width], tokens[:scored, 1 : width + 1]) / corpus.bytes_per_token,
+    )
+
+
+def identity(reference: Reference, scheme: str | Scheme) -> dict[str, float]:
+    """The scheme's algebra alone: float64 everywhere, cached rows unrounded.
+
+    Returns:
+        identity_error (relative L2 of attention's output, worst layer) and, where something is solved
+        for, condition_number (worst layer).
+
+    Raises:
+        NotImplementedError: the scheme is refused for this model.
+    """
+    chosen = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    exact = dataclasses.replace(chosen, codec="float64", bits=None, group=None)
+    with jax.enable_x64(True):
+        layers, figures = convert_model(reference.model, exact, "float64")
+        found = [
+            _attend(layer, x.astype(jnp.float64)) for layer, x in zip(layers, reference.inputs, strict=True)
+        ]
+    error = _worst(reference, found, reference.outputs)
+    return {"identity_error": error} | _conditioning(figures, ("condition_number",))
+
+
+def measure(reference: Reference, scheme: str | Scheme, dtype: str) -> dict[str, float]:
+    """The scheme at a compute dtype: error of single layers, and of the model through the cache.
+
+    Returns:
+        attention_error and value_error (worst layer), condition_number and predicted_error (worst layer,
+        where something is solved for), bits_per_byte, bits_per_byte_change, logit_kl, top1_agreement,
+        greedy_agreement, count (tokens scored), bytes_per_token (all layers), compression (over bf16 KV).
+
+    Raises:
+        NotImplementedError: the scheme is refused for this model.
+    """
+    layers, figures = convert_model(reference.model, scheme, dtype)
+    logits, attention = cached_logits(reference.model, layers, reference.tokens[:, :-1], reference.inputs)
+    values = [_values(_at_float32(layer), x) for layer, x in zip(layers, reference.inputs, strict=True)]
+    stored = sum(cache.bytes_per_token for cache in init_caches(layers, 1, 1))
+    metrics = {
+        "attention_error": _worst(reference, attention, reference.outputs),
+        "value_error": _worst(reference, values, reference.values),
+        "bytes_per_token": stored,
+        "compression": sum(4 * layer.spec.key_width for layer in layers) / stored,  # K and V, 2 bytes each
+    }
+    return (
+        metrics | _conditioning(figures, ("condition_number", "predicted_error")) | _scores(reference, logits)
+    )
+
+
+def _worst(reference: Reference, found: Sequence[ArrayLike], exact: Sequence[np.ndarray]) -> float:
+    """The largest relative L2 error among the layers, padding left out."""
+    width = reference.width
+    return max(
+        relative_l2(a[:, :width], b[:, :width]) for a, b in zip(map(np.asarray, found), exact, strict=True)
+    )
+
+
+def _scores(reference: Reference, logits: Float[Array, "B T V"]) -> dict[str, float]:
+    """Metrics of the logits when every layer attends through its cache."""
+    scored, width = reference.scored, reference.width
+    ours, exact = logits[:scored, :width], reference.logits[:scored, :width]
+    bits = _bits(ours, reference.tokens[:scored, 1 : width + 1]) / reference.bytes_per_token
+    return {
+        "bits_per_byte": bits,
+        "bits_per_byte_change": bits - reference.bits_per_byte,
+        "logit_kl": max(0.0, float(jnp.mean(_logit_kl(ours, exact)))),  # rounding can leave -1e-10
+        "top1_agreement": float(top1_agreement(ours, exact)),
+        "greedy_agreement": greedy_length(reference, logits),
+        "count": scored * width,
+    }
+
+
+def greedy_length(reference: Reference, logits: Float[Array, "B T V"]) -> float:
+    """Tokens that greedy decoding would produce before it first leaves the exact model's text; mean over prompts.
+
+    Read off the teacher-forced logits: up to the first difference both have the same text behind them.
+    """
+    continued = reference.tokens[reference.scored :, reference.prompt :]
+    chosen = jnp.argmax(logits[reference.scored :, reference.prompt - 1 :], axis=-1).astype(jnp.int32)
+    generated = continued.shape[1]
+    return float(np.mean(np.asarray(greedy_agreement(chosen[:, :generated], continued))))
+
+
+def cached_logits(
+    model: DecoderLM, layers: Sequence[CachedAttention], tokens: Int[Array, "B T"], probes: Sequence[Inputs]
+) -> tuple[Float[Array, "B T V"], list[Inputs]]:
+    """As ``model.with_cache`` on empty caches; besides, what each layer's attention makes of its probe.
+
+    Layer by layer rather than as one program, because layers of one shape and spec then share one
+    compilation; and the probes [P, T, D] ride in the tokens' batch so that they need none of their own.
+    """
+    dtype = layers[0].spec.accumulation.name
+    h, outputs = model.embed(tokens, dtype), []
+    for block, layer, probe in zip(model.blocks, layers, probes, strict=True):
+        h, output = _block(*nnx.split(block), layer, h, probe)
+        outputs.append(output)
+    return _head(*nnx.split(model), h), outputs
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def _block(
+    graph: nnx.GraphDef, params: nnx.State, layer: CachedAttention, h: Inputs, probe: Inputs
+) -> tuple[Inputs, Inputs]:
+    outputs: list[Inputs] = []
+
+    def attend(x: Inputs) -> Inputs:
+        both = _attend(layer, jnp.concatenate([x, probe]))
+        outputs.append(both[len(x) :])
+        return both[: len(x)]
+
+    return nnx.merge(graph, params)(h, attend, layer.spec.accumulation.name), outputs[0]
+
+
+@functools.partial(jax.jit, static_argnames=("graph",))
+def _head(graph: nnx.GraphDef, params: nnx.State, h: Inputs) -> Float[Array, "B T V"]:
+    return nnx.merge(graph, params).head(h, h.dtype.name)
+
+
+@jax.jit
+def _attend(layer: CachedAttention, x: Inputs) -> Inputs:
+    """Attention of x on itself through an empty cache."""
+    return attend_cached(x, layer, init_cache(layer.spec, batch=x.shape[0], capacity=x.shape[1]))[0]
+
+
+@jax.jit
+def _values(layer: CachedAttention, x: Inputs) -> Float[Array, "B T N H"]:
+    """The values as the decoder sees them: a query whose window is its own token weighs that one by 1."""
+    _, cache = attend_cached(x, layer, init_cache(layer.spec, batch=x.shape[0], capacity=x.shape[1]))
+    queries = jnp.zeros((*x.shape[:2], layer.spec.heads, layer.spec.head_dim), x.dtype)
+    return decode(queries, cache, layer.weights, dataclasses.replace(layer.spec, window=1))
+
+
+def _at_float32(layer: CachedAttention) -> CachedAttention:
+    """The layer with the compute dtype that leaves the cache's own error alone."""
+    return dataclasses.replace(layer, spec=dataclasses.replace(layer.spec, dtype="float32"))
+
+
+def _exact_layer(model: DecoderLM, index: int, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Attention's output and values (value bias left out, as it is folded away) in float64."""
+    attention = model.blocks[index].attention
+    weights = attention.projections()
+    with jax.enable_x64(True):
+        spec = attention.decode_spec(dtype="float64")
+        output = np.asarray(attend_full(x.astype(jnp.float64), weights, spec))
+    value = np.einsum("btd,dkh->btkh", np.asarray(x, np.float64), np.asarray(weights.wv, np.float64))
+    return output, np.repeat(value, spec.group, axis=2)
+
+
+def _logits(model: DecoderLM, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    return nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+
+
+def _attention_inputs(model: DecoderLM, tokens: Int[Array, "B T"]) -> tuple[Inputs, ...]:
+    return nnx.jit(lambda model, tokens: model.attention_inputs(tokens))(model, tokens)
+
+
+_logit_kl = jax.jit(logit_kl)
+
+
+@jax.jit
+def _nats(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+def _bits(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> float:
+    """Mean bits per token."""
+    return float(_nats(logits, targets)) / math.log(2)
+
+
+def _conditioning(figures: tuple[Figures, ...], names: tuple[str, ...]) -> dict[str, float]:
+    """The worst layer's figures, where there are any."""
+    found = {
+        name: [getattr(each, name) for each in figures if getattr(each, name) is not None] for name in names
+    }
+    return {name: max(values) for name, values in found.items() if values}

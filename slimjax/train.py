@@ -1,0 +1,209 @@
+"""Training: AdamW on a pure loss. State is (parameters, optimizer state, step); a batch is a function of the step.
+
+So training that stops and goes on from its state takes the same steps, bit for bit, as training that does not.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from slimjax.config import ModelConfig, TrainConfig
+from slimjax.data import Corpus
+from slimjax.models.decoder import DecoderLM
+from slimjax.numerics import accumulation_dtype, einsum
+from slimjax.pytree import pytree
+
+# Parameters and a batch to (what is minimised, the loss that is reported).
+_Objective = Callable[[nnx.State, Array], tuple[Array, Array]]
+# What ``on_step`` is told: step, steps, loss (nats per token, mean since
+# the last report), learning_rate, tokens_per_second, seconds_left.
+Report = Callable[[Mapping[str, float]], None]
+
+
+@pytree
+class TrainState:
+    """Everything that training goes on from.
+
+    Attributes:
+        params: the model's parameters, float32.
+        opt_state: optax's.
+        step: [], steps taken.
+    """
+
+    params: nnx.State
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+
+
+def initial_state(model_config: ModelConfig, train_config: TrainConfig) -> TrainState:
+    """Fresh parameters from ``train_config.seed``, no steps taken."""
+    params = nnx.state(DecoderLM(model_config, rngs=nnx.Rngs(train_config.seed)), nnx.Param)
+    return TrainState(
+        params=params, opt_state=_optimizer(train_config).init(params), step=jnp.zeros((), jnp.int32)
+    )
+
+
+def trained_model(model_config: ModelConfig, state: TrainState) -> DecoderLM:
+    """The model with the state's parameters."""
+    return nnx.merge(_graph(model_config), state.params)
+
+
+def train(
+    model_config: ModelConfig,
+    train_config: TrainConfig,
+    corpus: Corpus,
+    *,
+    on_step: Report | None = None,
+    state: TrainState | None = None,
+    until: int | None = None,
+) -> TrainState:
+    """Train to ``train_config.steps``.
+
+    Args:
+        model_config, train_config: see there.
+        corpus: its vocabulary must fit the model's.
+        on_step: called after every ``log_every`` steps and after the last.
+        state: goes on from there (it is consumed); None: from ``initial_state``.
+        until: stop early, after this many steps in all, with the schedule of the full run.
+
+    Raises:
+        ValueError: a corpus with more tokens than the model's vocabulary.
+        FloatingPointError: the loss is not finite.
+    """
+    if corpus.vocab > model_config.vocab:
+        raise ValueError(f"{corpus.vocab=} does not fit the model's {model_config.vocab=}")
+    state = initial_state(model_config, train_config) if state is None else state
+    step = _compiled_step(model_config, train_config)
+    first, last = int(state.step), train_config.steps if until is None else until
+    begun, losses = time.perf_counter(), []
+    for index in range(first, last):
+        tokens = corpus.batch(train_config.seed, index, train_config.batch, train_config.length)
+        state, loss = step(state, tokens)
+        losses.append(loss)
+        if index == first:
+            loss.block_until_ready()
+            begun = time.perf_counter()  # the first step compiled
+        if (index + 1) % train_config.log_every == 0 or index + 1 == last:
+            mean = float(jnp.mean(jnp.stack(losses)))
+            losses = []
+            metrics = _metrics(train_config, index + 1, index - first, last, mean, begun)
+            if not np.isfinite(metrics["loss"]):
+                raise FloatingPointError(
+                    f"step {index + 1}: the loss is {metrics['loss']}; lower the learning rate"
+                )
+            if on_step is not None:
+                on_step(metrics)
+    return state
+
+
+def _metrics(
+    config: TrainConfig, step: int, timed: int, last: int, loss: float, begun: float
+) -> dict[str, float]:
+    seconds = time.perf_counter() - begun
+    return {
+        "step": step,
+        "steps": config.steps,
+        "loss": loss,
+        "learning_rate": float(np.asarray(schedule(config)(step - 1))),
+        "tokens_per_second": timed * config.batch * config.length / seconds if timed else 0.0,
+        "seconds_left": seconds / max(timed, 1) * (last - step),
+    }
+
+
+def schedule(config: TrainConfig) -> optax.Schedule:
+    """Linear warm-up from 0 to ``learning_rate``, then a cosine to ``final_fraction`` of it at the last step."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warmup,
+        decay_steps=max(config.steps, config.warmup + 1),
+        end_value=config.final_fraction * config.learning_rate,
+    )
+
+
+def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW with clipping; kernels and embeddings are decayed, biases and norms are not."""
+
+    def matrices(params: nnx.State) -> nnx.State:
+        def named(path: jax.tree_util.KeyPath, _: Array) -> bool:
+            return any(name in jax.tree_util.keystr(path) for name in ("kernel", "embedding"))
+
+        return jax.tree_util.tree_map_with_path(named, params)
+
+    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
+    adamw = optax.adamw(
+        schedule(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=matrices
+    )
+    return optax.chain(clip, adamw)
+
+
+def _graph(config: ModelConfig) -> nnx.GraphDef:
+    """The model without its arrays."""
+    return nnx.graphdef(nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0))))
+
+
+def _compiled_step(
+    model_config: ModelConfig, config: TrainConfig
+) -> Callable[[TrainState, np.ndarray], tuple[TrainState, Array]]:
+    graph, optimizer = _graph(model_config), _optimizer(config)
+
+    def objective(params: nnx.State, tokens: Int[Array, "B T"]) -> tuple[Array, Array]:
+        model = nnx.merge(graph, params)
+        loss = cross_entropy(model(tokens[:, :-1], config.dtype), tokens[:, 1:])
+        if not config.conditioning_penalty:
+            return loss, loss
+        penalties = [conditioning_penalty(block.attention.key.kernel[...]) for block in model.blocks]
+        return loss + config.conditioning_penalty * sum(penalties[1:], penalties[0]) / len(penalties), loss
+
+    def step(state: TrainState, tokens: Int[Array, "B T"]) -> tuple[TrainState, Array]:
+        gradient, loss = _mean_gradient(objective, state.params, tokens, config.accumulation)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of an integer count
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = cast(nnx.State, optax.apply_updates(state.params, updates))
+        return TrainState(params=params, opt_state=opt_state, step=state.step + 1), loss
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _mean_gradient(
+    objective: _Objective, params: nnx.State, tokens: Int[Array, "B T"], parts: int
+) -> tuple[nnx.State, Array]:
+    """Gradient and loss averaged over ``parts`` equal slices of the batch, one slice in memory at a time."""
+    gradient = jax.grad(objective, has_aux=True)
+    if parts == 1:
+        return gradient(params, tokens)
+
+    def add(total: tuple[nnx.State, Array], part: Int[Array, "B T"]) -> tuple[tuple[nnx.State, Array], None]:
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    slices = tokens.reshape(parts, -1, tokens.shape[1])
+    zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+    total, _ = jax.lax.scan(add, zero, slices)
+    return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Mean negative log-likelihood in nats per token."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+
+
+def conditioning_penalty(kernel: Float[Array, "D K H"]) -> Float[Array, ""]:
+    """|G/g - I|^2 / n for the Gram matrix G [n, n] of W_K [D, E] on its smaller side, g = trace(G)/n.
+
+    The variance of the squared singular values over their squared mean: 0 where W_K is a multiple of an
+    orthogonal matrix (condition number 1), whatever its scale, which stays free.
+    """
+    flat = kernel.astype(accumulation_dtype(kernel.dtype)).reshape(kernel.shape[0], -1)
+    gram = (
+        einsum("de,df->ef", flat, flat) if flat.shape[0] >= flat.shape[1] else einsum("de,fe->df", flat, flat)
+    )
+    size = gram.shape[0]
+    return size * jnp.sum(gram * gram) / jnp.trace(gram) ** 2 - 1.0

@@ -1,0 +1,159 @@
+"""Training learns, goes on bit for bit where it stopped, and its parts do what they say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from slimjax import checkpoint
+from slimjax.config import ModelConfig, TrainConfig
+from slimjax.data import Corpus
+from slimjax.train import (
+    conditioning_penalty,
+    cross_entropy,
+    initial_state,
+    schedule,
+    train,
+    trained_model,
+)
+
+MODEL = ModelConfig(vocab=16, layers=1, width=16, heads=2, mlp_width=16)
+TRAIN = TrainConfig(steps=6, batch=4, length=12, learning_rate=3e-3, warmup=2, log_every=2)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    """A text with a rule: each token is the one before plus one or plus three, modulo 16."""
+    steps = np.random.default_rng(0).choice([1, 3], 4000)
+    text = (np.cumsum(steps) % 16).astype(np.uint8)
+    return Corpus(train=text[:3600], held_out=text[3600:], vocab=16)
+
+
+def equal(a, b):
+    """All leaves of both trees bit-equal."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def close(a, b, atol):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.allclose(np.asarray(x), np.asarray(y), atol=atol) for x, y in pairs)
+
+
+def test_it_learns_the_rule(corpus):
+    """From log 16 = 2.77 nats to near the text's entropy, log 2 = 0.69."""
+    config = dataclasses.replace(TRAIN, steps=200, batch=16, learning_rate=1e-2, warmup=10, log_every=20)
+    lines = []
+    state = train(MODEL, config, corpus, on_step=lines.append)
+    assert lines[0]["loss"] > 1.5
+    assert 0.6 < lines[-1]["loss"] < 0.8
+    assert [line["step"] for line in lines] == list(range(20, 201, 20))
+    assert lines[-1]["seconds_left"] == 0
+    assert lines[5]["tokens_per_second"] > 0
+    windows = corpus.held_out_windows(8, 24)
+    held_out = cross_entropy(
+        trained_model(MODEL, state)(jnp.asarray(windows[:, :-1])), jnp.asarray(windows[:, 1:])
+    )
+    assert float(held_out) < 0.85
+    assert int(state.step) == 200
+
+
+def test_stopping_and_going_on_is_bit_exact(corpus, tmp_path):
+    whole = train(MODEL, TRAIN, corpus)
+    half = train(MODEL, TRAIN, corpus, until=3)
+    assert int(half.step) == 3
+    checkpoint.save(tmp_path, 3, half)
+    restored = checkpoint.restore(tmp_path, initial_state(MODEL, TRAIN))
+    assert equal(train(MODEL, TRAIN, corpus, state=restored), whole)
+    other = train(MODEL, dataclasses.replace(TRAIN, seed=1), corpus)
+    assert not equal(other.params, whole.params)
+
+
+def test_the_first_step_has_no_learning_rate_and_the_second_does(corpus):
+    start = initial_state(MODEL, TRAIN)
+    assert equal(train(MODEL, TRAIN, corpus, until=1).params, start.params)
+    assert not equal(train(MODEL, TRAIN, corpus, until=2).params, start.params)
+
+
+def test_accumulation_is_the_same_mean(corpus):
+    """Parts of a batch give its gradient; sums in another order differ by rounding, which Adam can enlarge."""
+    config = dataclasses.replace(TRAIN, steps=3, warmup=1)
+    whole = train(MODEL, config, corpus)
+    parts = train(MODEL, dataclasses.replace(config, accumulation=4), corpus)
+    moments, split = whole.opt_state[1][0].mu, parts.opt_state[1][0].mu
+    assert close(moments, split, atol=1e-6)
+    assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(moments)) > 1e-3
+
+
+def test_bfloat16_computes_and_float32_remembers(corpus):
+    state = train(MODEL, dataclasses.replace(TRAIN, dtype="bfloat16"), corpus)
+    floats = [leaf for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim]
+    assert {leaf.dtype for leaf in floats} == {jnp.dtype("float32")}
+    exact = train(MODEL, TRAIN, corpus)
+    assert not equal(state.params, exact.params)
+    assert close(state.params, exact.params, atol=0.02)  # six steps of at most 3e-3
+
+
+def test_clipping_bounds_the_gradient(corpus):
+    config = dataclasses.replace(TRAIN, steps=2, warmup=1, clip=1e-3)
+    moments = train(MODEL, config, corpus, until=1).opt_state[1][0].mu
+    norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(moments))))
+    assert norm == pytest.approx(1e-3 * (1 - config.beta1), rel=1e-3)
+
+
+def test_decay_shrinks_kernels_and_embeddings_alone(corpus):
+    """A strong decay against none: norms and biases must not notice within a step, kernels must."""
+    model = dataclasses.replace(MODEL, bias=True, norm="layernorm")
+
+    def after(decay):
+        config = dataclasses.replace(TRAIN, steps=3, warmup=1, weight_decay=decay)
+        return dict(nnx.to_flat_state(train(model, config, corpus, until=2).params))
+
+    decayed, free = after(10.0), after(0.0)
+    for path, variable in decayed.items():
+        same = np.array_equal(np.asarray(variable[...]), np.asarray(free[path][...]))
+        assert same == (path[-1] not in ("kernel", "embedding")), path
+
+
+def test_the_schedule():
+    rate = schedule(TrainConfig(steps=100, warmup=10, learning_rate=2.0, final_fraction=0.1))
+    assert float(rate(0)) == 0
+    assert float(rate(5)) == pytest.approx(1.0)
+    assert float(rate(10)) == pytest.approx(2.0)
+    assert float(rate(55)) == pytest.approx(1.1)
+    assert float(rate(100)) == pytest.approx(0.2)
+    assert float(schedule(TrainConfig(steps=5, warmup=5, learning_rate=2.0))(5)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("shape", [(12, 3, 4), (12, 2, 3), (6, 3, 4)])
+def test_the_penalty_is_zero_for_orthogonal_keys_alone(shape):
+    flat = (shape[0], shape[1] * shape[2])
+    orthogonal = jax.nn.initializers.orthogonal()(jax.random.key(0), flat, jnp.float32).reshape(shape)
+    assert float(conditioning_penalty(7 * orthogonal)) == pytest.approx(0, abs=1e-5)
+    values = np.linspace(0.5, 2, min(flat)) ** 0.5
+    u, _, v = np.linalg.svd(np.asarray(orthogonal).reshape(flat), full_matrices=False)
+    uneven = jnp.asarray(((u * values) @ v).reshape(shape), jnp.float32)
+    expected = np.var(values**2) / np.mean(values**2) ** 2
+    assert float(conditioning_penalty(uneven)) == pytest.approx(expected, rel=1e-4)
+    assert float(conditioning_penalty(0.01 * uneven)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_penalty_conditions_the_keys(corpus):
+    def worst(penalty):
+        config = dataclasses.replace(TRAIN, steps=100, learning_rate=1e-2, conditioning_penalty=penalty)
+        kernel = trained_model(MODEL, train(MODEL, config, corpus)).blocks[0].attention.key.kernel[...]
+        return np.linalg.cond(np.asarray(kernel).reshape(16, 16))
+
+    assert worst(1.0) < 4 < worst(0.0)
+
+
+def test_what_cannot_be_trained_is_refused(corpus):
+    with pytest.raises(ValueError, match=r"corpus.vocab=16 does not fit .*vocab=8"):
+        train(dataclasses.replace(MODEL, vocab=8), TRAIN, corpus)
+    state = initial_state(MODEL, TRAIN)
+    broken = jax.tree.map(lambda leaf: leaf * jnp.asarray(np.nan, leaf.dtype), state.params)
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+        train(MODEL, TRAIN, corpus, state=dataclasses.replace(state, params=broken))
