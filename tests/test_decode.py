@@ -155,7 +155,7 @@ def test_refusals_and_wrong_calls():
     with pytest.raises(ValueError, match=r"needs weights\.w_kv"):
         slimjax.decode(q, cache, slimjax.DecodeWeights(), case.spec)
     rotary = dataclasses.replace(case.spec, scheme=slimjax.parse_scheme("x:int16"))
-    with pytest.raises(NotImplementedError, match="reference: .*use x1"):
+    with pytest.raises(NotImplementedError, match=r"reference: .*use x1"):
         slimjax.decode(q, cache, weights, rotary)
     with pytest.raises(ValueError, match="is not a multiple"):
         dataclasses.replace(case.spec, kv_heads=3)

@@ -109,5 +109,5 @@ def test_what_is_not_offered_says_so():
     with pytest.raises(NotImplementedError, match="self-attention"):
         layer(jnp.ones((1, 1, 24)), jnp.ones((1, 1, 24)))
     gqa = MultiHeadAttention(4, 24, num_kv_heads=2, scheme="k:int16", decode=True, rngs=nnx.Rngs(0))
-    with pytest.raises(NotImplementedError, match="attention: .*GQA.* use kv or x"):
+    with pytest.raises(NotImplementedError, match=r"attention: .*GQA.* use kv or x"):
         gqa.init_cache((1, 3, 24))

@@ -1,0 +1,80 @@
+"""python -m experiments.readme [--check]: write the tables of the READMEs from the committed records.
+
+A table stands between `<!-- table:RECORDS/NAME -->` and `<!-- /table -->`: RECORDS is a file of
+experiments/records/, NAME one of its report's tables, or `findings`. --check changes nothing and
+exits with 1 if a README is stale.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from slimjax import records, report
+from slimjax.scheme import suggest
+
+ROOT = Path(__file__).parent.parent
+FILES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
+MARKED = re.compile(
+    r"(<!-- table:(?P<source>[\w-]+)/(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.S
+)
+
+
+def render(text: str, folder: Path = ROOT / "experiments" / "records") -> str:
+    """The text with every marked table as its records have it.
+
+    Raises ValueError for an unknown table or a file without records.
+    """
+
+    def fresh(match: re.Match[str]) -> str:
+        found = records.read(folder / f"{match['source']}.jsonl")
+        if not found:
+            raise ValueError(f"{folder / match['source']}.jsonl: no records")
+        return f"{match[1]}{_body(found, match['name'])}{match[5]}"
+
+    return MARKED.sub(fresh, text)
+
+
+def _body(found: Sequence[records.Record], name: str) -> str:
+    if name == "findings":
+        return (
+            "\n".join(f"* {report.tables.plain_markdown(sentence)}" for sentence in report.findings(found))
+            + "\n"
+        )
+    made = report.report_tables(found)
+    if name not in made:
+        raise ValueError(f"unknown table {name!r}{suggest(name, made)}")
+    table = made[name]
+    below = report.tables.plain_markdown(f"{table.note} {report.facts(found)}.".strip())
+    return f"{report.tables.markdown(table)}\n{below}\n"
+
+
+def stale(path: Path) -> str | None:
+    """Why a README is not what its records say, or None if it is."""
+    text = path.read_text(encoding="utf-8")
+    if not MARKED.search(text):
+        return f"{path}: no table markers"
+    return None if render(text) == text else f"{path}: stale, run python -m experiments.readme"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables, or with --check only look."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.readme", description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, exit with 1 if a README is stale"
+    )
+    check = parser.parse_args(argv).check
+    problems = []
+    for path in FILES:
+        if check:
+            problems.append(stale(path))
+        else:
+            path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    problems = [problem for problem in problems if problem]
+    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,297 @@
+"""python -m experiments.run CONFIG [--set 'Section.field = value']... [--out DIR] [--dry-run] [--resume | --no-resume]
+
+Reads a gin config, checks it whole before anything runs, and runs the experiment it names. The only file
+that imports gin. gin never sees a file: includes are put in place here, confined to the config folder, and
+only text that parses to plain bindings of known fields is handed over, so a config cannot import or call.
+"""
+
+import argparse
+import functools
+import inspect
+import sys
+import tokenize
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import gin
+from gin import config_parser
+from gin.config_parser import BindingStatement, BlockDeclaration, IncludeStatement
+
+from experiments.directory import Refused
+from experiments.launch import checked_cells, describe, launch
+from experiments.settings import SECTIONS, Plan, RunConfig, load_experiment
+from slimjax.config import ConfigError, canonical_json
+from slimjax.scheme import suggest
+
+
+class Fault(Exception):
+    """A mistake in a config; the text is the one line the user sees."""
+
+
+class Line(NamedTuple):
+    """A line of config text and where it was written; number 0: on the command line."""
+
+    text: str
+    file: str
+    number: int
+
+    def fault(self, problem: str) -> Fault:
+        return Fault(f"{self.file}:{self.number}: {problem}" if self.number else f"{self.file}: {problem}")
+
+
+class Binding(NamedTuple):
+    """One `scope/section.field = value`; a macro, `name = value`, has an empty field."""
+
+    scope: str
+    section: str
+    field: str
+    value: Any
+    line: Line
+
+    @property
+    def name(self) -> str:
+        return "/".join(filter(None, (self.scope, self.section))) + (f".{self.field}" if self.field else "")
+
+
+# Reading: text -> lines -> bindings -----------------------------------------------------------------------
+
+
+class Macro(str):
+    """The name in a value `%name`."""
+
+
+class _ValuesOnly(config_parser.ParserDelegate):
+    """Lets literals and %macros through; an @reference would hand gin something to call."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> NoReturn:
+        raise SyntaxError(f"@{scoped_configurable_name}: references are not allowed, only values")
+
+    def macro(self, macro_name: str) -> Any:
+        return Macro(macro_name)
+
+
+def _macros(value: Any) -> list[Macro]:
+    """The macros in a value, however deep."""
+    if isinstance(value, dict):
+        value = (*value.keys(), *value.values())
+    if isinstance(value, tuple | list):
+        return [macro for item in value for macro in _macros(item)]
+    return [value] if isinstance(value, Macro) else []
+
+
+def parse(lines: Sequence[Line]) -> list[Any]:
+    """The statements of some lines, by gin's own grammar; nothing is evaluated but literals."""
+    statements: list[Any] = []
+    try:
+        statements.extend(config_parser.ConfigParser("\n".join(line.text for line in lines), _ValuesOnly()))
+    except (SyntaxError, tokenize.TokenError, ValueError, RecursionError, MemoryError) as error:
+        last = statements[-1].location.line_num if statements else 1
+        problem = str(error.args[0]).splitlines()[0].partition(": <")[0]  # without the address of an object
+        raise lines[min(_line_number(error, last), len(lines)) - 1].fault(problem) from None
+    return statements
+
+
+def _line_number(error: Exception, default: int) -> int:
+    """Where a parser found its fault: (text, gin's Location), (text, (row, column)), (text, (file, row, ...))."""
+    place = error.args[1] if len(error.args) > 1 else ()
+    numbers = [part for part in place[:2] if isinstance(part, int)] if isinstance(place, tuple) else []
+    return max(numbers[0], 1) if numbers else default
+
+
+def gather(path: Path, root: Path, above: tuple[Path, ...] = ()) -> list[Line]:
+    """The lines of a config with its includes in place; an include is found beside the file that names it."""
+    real = path.resolve()
+    try:
+        text = real.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Fault(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    lines = [Line(part, str(path), number) for number, part in enumerate(text.split("\n"), start=1)]
+    _check_plain(lines)
+    for statement in reversed(parse(lines)):  # from the end, so that earlier line numbers stay true
+        index = statement.location.line_num - 1
+        if isinstance(statement, IncludeStatement):
+            target = path.parent / statement.filename
+            _check_include(lines[index], target, root, (*above, real))
+            lines[index : index + 1] = gather(target, root, (*above, real))
+    return lines
+
+
+def _check_include(line: Line, target: Path, root: Path, above: Sequence[Path]) -> None:
+    real = target.resolve()  # where a link leads counts
+    if not real.is_relative_to(root):
+        raise line.fault(f"include of {target}, which is outside the config folder {root}")
+    if not real.is_file():
+        raise line.fault(f"include of {target}, which is not a file")
+    if real in above:
+        raise line.fault(f"include of {target}, which includes this file")
+
+
+def overriding(texts: Sequence[str]) -> list[Line]:
+    """The lines of --set, each a whole statement of its own."""
+    lines = [Line(text, f"--set {text!r}", 0) for text in texts]
+    _check_plain(lines)
+    for line in lines:
+        if len(parse([line])) != 1:
+            raise line.fault("expected one 'Section.field = value'")
+    return lines
+
+
+def _check_plain(lines: Sequence[Line]) -> None:
+    """A line must be one line to every reader of it, or a fault would be reported, or checked, elsewhere."""
+    for line in lines:
+        if any(ord(letter) < 32 and letter != "\t" for letter in line.text):
+            raise line.fault("control character")
+
+
+def bindings(lines: Sequence[Line]) -> list[Binding]:
+    """The bindings of the gathered lines. Raises Fault at anything else, an unknown name, or a repeated one."""
+    found: dict[tuple[str, str], Binding] = {}
+    for statement in parse(lines):
+        line = lines[statement.location.line_num - 1]
+        if isinstance(statement, BlockDeclaration):
+            continue  # the bindings under it follow as statements of their own
+        if not isinstance(statement, BindingStatement):
+            raise line.fault(
+                f"only 'Section.field = value' lines and includes are allowed, not {line.text.strip()!r}"
+            )
+        scope, section, field, value, _ = statement
+        binding = Binding(scope or "", section, field or "", value, line)
+        _check_name(binding)
+        if found.get((binding.name, line.file)):
+            raise line.fault(f"{binding.name} is bound twice in one file")
+        found[binding.name, line.file] = binding
+    known = {binding.name for binding in found.values() if not binding.field} | {"gin.REQUIRED"}
+    for binding in found.values():
+        for macro in _macros(binding.value):
+            if macro not in known:
+                raise binding.line.fault(f"%{macro} is not defined{suggest(macro, known)}")
+    return list(found.values())
+
+
+def _check_name(binding: Binding) -> None:
+    section, field = binding.section, binding.field
+    if not field:
+        return  # a macro: whether it is used shows after the build
+    if section not in SECTIONS:
+        raise binding.line.fault(f"unknown section {section!r}{suggest(section, SECTIONS)}")
+    fields = list(inspect.signature(SECTIONS[section]).parameters)
+    if field not in fields:
+        raise binding.line.fault(f"unknown field {section}.{field}{suggest(field, fields)}")
+
+
+# Building: bindings -> frozen configs ---------------------------------------------------------------------
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
+    """Read, check and build a config. Raises Fault; when it returns, every value is checked and every binding used."""
+    real = path.resolve()
+    root = next((folder for folder in real.parents if folder.name == "configs"), real.parent)
+    lines = gather(path, root) + overriding(overrides)
+    source = "\n".join(line.text for line in lines).rstrip("\n") + "\n"
+    bound = bindings(lines)
+    gin.clear_config()
+    try:
+        for name in SECTIONS:
+            _configurable(name)
+        gin.parse_config(source, skip_unknown=False)
+        gin.finalize()
+    except (ValueError, SyntaxError) as error:  # a %gin.REQUIRED left open
+        raise Fault(f"{path}: {str(error).strip().splitlines()[0]}") from None
+
+    def build(section: str, scope: str = "") -> Any:
+        try:
+            with gin.config_scope(scope or None):
+                return _configurable(section)()
+        except ConfigError as error:
+            raise _located(error, section, scope, bound, path) from None
+
+    run: RunConfig = build("Run")
+    experiment = load_experiment(run.experiment)
+    try:
+        config = experiment.resolve(build)
+    except ConfigError as error:  # sections that are right each, and clash
+        raise Fault(f"{path}: {error.problem}") from None
+    operative = gin.operative_config_str()
+    _check_used(bound, operative)
+    return Plan(experiment, run.experiment, config, source, operative)
+
+
+@functools.cache
+def _configurable(section: str) -> Any:
+    return gin.external_configurable(SECTIONS[section], name=section, module="slimjax")
+
+
+def _located(error: ConfigError, section: str, scope: str, bound: Sequence[Binding], path: Path) -> Fault:
+    """The fault at the line that set the field: the last one, a scope's own before the plain one."""
+    near = [binding for binding in bound if binding.section == section and binding.scope in ("", scope)]
+    exact = [binding for binding in near if binding.field == error.field]
+    choice = sorted(exact or near, key=lambda binding: binding.scope == scope)
+    problem = f"{scope}/{section}" if scope else section
+    if choice:
+        return choice[-1].line.fault(f"{problem}: {error.problem}")
+    return Fault(f"{path}: {problem}: {error.problem}")
+
+
+def _check_used(bound: Sequence[Binding], operative: str) -> None:
+    """Every binding must have reached a config that was built."""
+    used = {
+        (statement.scope or "", statement.selector, statement.arg_name or "")
+        for statement in parse([Line(text, "operative config", 0) for text in operative.split("\n")])
+        if isinstance(statement, BindingStatement)
+    }
+    scopes = {scope for scope, _, _ in used if scope}
+    own = {(binding.scope, binding.section, binding.field) for binding in bound}
+    for binding in bound:
+        _, section, field = key = (binding.scope, binding.section, binding.field)
+        reached = {
+            scope
+            for scope in scopes
+            if (scope, section, field) in used and (scope, section, field) not in own
+        }
+        if key not in used and not (reached and not binding.scope):
+            hint = suggest(binding.scope, scopes) if binding.scope and binding.scope not in scopes else ""
+            raise binding.line.fault(f"{binding.name} is bound but never used{hint}")
+
+
+# Running --------------------------------------------------------------------------------------------------
+
+
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, as the head of this file has it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.run", description="Run the experiment of a config."
+    )
+    parser.add_argument("config", type=Path, help="a .gin file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="'Section.field = value'", help="bind over it"
+    )
+    parser.add_argument("--out", type=Path, help="run directory (default: results/EXPERIMENT/RUN_ID)")
+    parser.add_argument("--dry-run", action="store_true", help="check, print the config and the cells, stop")
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where it stopped"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 a cell failed, 2 a wrong config or directory, 130 interrupted."""
+    options = arguments(argv)
+    try:
+        plan = load(options.config, options.set)
+        cells = checked_cells(plan)
+        print(f"{plan.name} {plan.run}: {len(cells)} cells", flush=True)
+        if options.dry_run:
+            print(canonical_json(plan.resolved) + describe(cells))
+            return 0
+        return launch(plan, options.out, resume=options.resume)
+    except (Fault, Refused) as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Records: the only source of numbers in tables and plots. One JSON object a line in `records.jsonl`.
+
+A `Record` is one cell of an experiment's grid: its coordinates, what was measured there, whether it worked,
+and where it comes from. Names of coordinates and metrics come from the two registries below; a new
+experiment adds a line there.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from slimjax.scheme import suggest
+
+CELL = {
+    "experiment": "program that made the record",
+    "model": "variant of the model, or its name",
+    "layer": "attention layer, from 0",
+    "scheme": "cache scheme, basis[option]:codec[bits][/group][+R][@softmax]",
+    "basis": "what is cached",
+    "option": "1: rebuild keys or values, 2: absorb their weights",
+    "extra": "extra coordinates per cached row, R",
+    "codec": "how a cached row is stored",
+    "bits": "bits per stored number",
+    "group": "numbers or tokens that share a scale",
+    "softmax": "how scores are weighed",
+    "compute": "arithmetic of the products",
+    "backend": "implementation",
+    "position": "position scheme",
+    "dtype": "compute dtype of queries, probabilities and output",
+    "heads": "query heads",
+    "kv_heads": "key and value heads",
+    "head_dim": "head size",
+    "width": "model width",
+    "seed": "root seed",
+    "batch": "sequences",
+    "context": "cached tokens",
+    "steps": "training steps",
+}
+
+METRICS = {
+    "attention_error": "relative L2 error of the attention output, worst layer",
+    "value_error": "relative L2 error of rebuilt values, worst layer",
+    "identity_error": "relative L2 error of the attention output in float64 from an exact cache, worst layer",
+    "predicted_error": "attention error the conversion predicts, worst layer",
+    "condition_number": "largest over smallest singular value of the inverted weights, worst layer",
+    "logit_kl": "mean KL divergence of next-token distributions, nats",
+    "bits_per_byte": "on held-out text",
+    "bits_per_byte_change": "against the same model with exact attention",
+    "perplexity": "on held-out text",
+    "accuracy": "share of right answers",
+    "count": "samples behind the other metrics",
+    "p_value": "of the test named in the experiment",
+    "word_errors": "word error rate",
+    "top1_agreement": "share of tokens whose most likely successor is unchanged",
+    "greedy_agreement": "tokens generated greedily before the first difference, mean over sequences",
+    "bytes_per_token": "cache bytes per token, all layers",
+    "compression": "bytes per token of a bf16 KV cache over this cache's",
+    "parameters": "trained numbers",
+    "tokens_per_second": "tokens over wall time",
+    "time_to_first_token": "milliseconds",
+    "milliseconds": "median wall time of one call",
+    "milliseconds_samples": "every timed call",
+    "gigabytes_per_second": "bytes read and written over wall time",
+    "share_of_copy_bandwidth": "gigabytes_per_second over that of a plain copy",
+    "cycles": "estimated by a simulator or compiler",
+    "vmem_bytes": "on-chip memory a kernel claims",
+}
+
+Status = Literal["ok", "refused", "failed"]
+
+
+def _check_names(kind: str, names: Iterable[str], registry: Mapping[str, str]) -> None:
+    for name in names:
+        if name not in registry:
+            raise ValueError(f"unknown {kind} {name!r}{suggest(name, registry)}")
+
+
+def _check_metric(name: str, value: Any) -> None:
+    numbers = value if isinstance(value, list | tuple) else [value]
+    for number in numbers:
+        if type(number) not in (int, float) or not math.isfinite(number):
+            raise ValueError(f"metric {name} = {value!r}: expected a finite number or a list of them")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One cell of a grid.
+
+    Raises ValueError for a name outside the registries, a metric that is not a finite number (a cell that
+    gives one has failed), an unknown status, or a refused or failed cell without a reason.
+    """
+
+    cell: Mapping[str, str | int | float | bool | None]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    status: Status = "ok"
+    reason: str = ""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_names("cell coordinate", self.cell, CELL)
+        _check_names("metric", self.metrics, METRICS)
+        for name, value in self.metrics.items():
+            _check_metric(name, value)
+        if self.status not in ("ok", "refused", "failed"):
+            raise ValueError(f"status = {self.status!r}: expected ok, refused or failed")
+        if (self.status == "ok") == bool(self.reason):
+            raise ValueError(
+                f"status = {self.status!r} with reason = {self.reason!r}: ok has none, the others one"
+            )
+
+    @property
+    def key(self) -> str:
+        """Equal for equal cells, whatever the order of their coordinates."""
+        return cell_key(self.cell)
+
+    def to_json(self) -> str:
+        """One line, without the newline."""
+        return json.dumps(asdict(self), allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Record":
+        return cls(**json.loads(line))
+
+
+def cell_key(cell: Mapping[str, Any]) -> str:
+    """The cell as text, equal for equal cells."""
+    return json.dumps(dict(cell), sort_keys=True)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file of lines; a torn last line, left by a killed process, is passed over.
+
+    Raises ValueError, with file and line, for any other line that is not JSON.
+    """
+    if not path.exists():
+        return []
+    *lines, torn = path.read_bytes().split(b"\n")
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            objects.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: not a JSON object: {line[:60]!r}") from error
+    del torn  # what follows the last newline was never finished
+    return objects
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file, in order. Raises ValueError for equal cells and bad lines."""
+    records: dict[str, Record] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            record = Record(**line)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+        if record.key in records:
+            raise ValueError(f"{path}:{number}: a second record of cell {record.key}")
+        records[record.key] = record
+    return list(records.values())
+
+
+def append_line(path: Path, text: str) -> None:
+    """Append one line and flush it to the disk, over a torn last line if there is one."""
+    path.touch()
+    with path.open("r+b") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+        file.seek(0, os.SEEK_END)
+        file.write(text.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class RecordLog:
+    """The records of a run on disk: refuses equal cells, each record is safe once `add` returns."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records = read(path)
+        self._keys = {record.key for record in self.records}
+
+    def __contains__(self, cell: Mapping[str, Any]) -> bool:
+        return cell_key(cell) in self._keys
+
+    def add(self, record: Record) -> None:
+        if record.key in self._keys:
+            raise ValueError(f"{self.path}: a second record of cell {record.key}")
+        append_line(self.path, record.to_json())
+        self._keys.add(record.key)
+        self.records.append(record)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number may depend on."""
+    packages = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+    return {"python": platform.python_version(), **packages}
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed package, or no git: the source hash still identifies the code
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    """The CPU's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+
+
+def provenance(*, config: str, seed: int | None = None, seconds: float | None = None) -> dict[str, Any]:
+    """Where a record comes from. config: the run id; seconds: wall time of the cell."""
+    import jax  # late: reading records must not start an accelerator
+
+    device = jax.devices()[0]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": _processor() if device.platform == "cpu" else device.device_kind,
+        "cpus": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "config": config,
+        "seed": seed,
+        "seconds": None if seconds is None else round(seconds, 3),
+    }

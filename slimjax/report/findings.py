@@ -1,0 +1,127 @@
+"""Plain sentences about what the records show; generated, so that prose cannot drift from the numbers."""
+
+from collections.abc import Sequence
+
+from slimjax.records import Record
+from slimjax.report.tables import (
+    change,
+    compute_dtypes,
+    distinct,
+    exact_bits,
+    large,
+    metric,
+    scientific,
+    select,
+    trouble,
+)
+
+KEPT = 1e-3  # bits per byte; a change up to this size counts as none
+
+
+def findings(records: Sequence[Record]) -> list[str]:
+    """One sentence per finding: the main model's, then what conditioning does; empty while nothing is measured."""
+    models, schemes = distinct(records, "model"), distinct(records, "scheme")
+    main = select(records, model=models[0]) if models else []
+    sentences = [
+        _identity(records),
+        *(_kept(main, model) for model in models[:1]),
+        *(_changed(main, scheme) for scheme in schemes),
+        _smallest(main),
+        _floor(main),
+        *(_kept(select(records, model=model), model) for model in models[1:]),
+        *(_conditioning(records, scheme) for scheme in schemes),
+        *(_unmeasured(records, status) for status in ("refused", "failed")),
+    ]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _change(records: Sequence[Record], scheme: str) -> float | None:
+    return metric(records, "bits_per_byte_change", scheme=scheme)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
+
+
+def _identity(records: Sequence[Record]) -> str:
+    errors = [record.metrics["identity_error"] for record in records if "identity_error" in record.metrics]
+    if not errors:
+        return ""
+    return (
+        f"In float64, from a cache stored exactly, every scheme measured equals exact attention to "
+        f"{scientific(max(errors), 0)} or better (relative L2): the algebra holds, all that follows is precision."
+    )
+
+
+def _kept(records: Sequence[Record], model: str) -> str:
+    measured = [scheme for scheme in distinct(records, "scheme") if _change(records, scheme) is not None]
+    kept = [scheme for scheme in measured if abs(_change(records, scheme) or 0.0) <= KEPT]
+    bits = exact_bits(records)
+    if not measured or bits is None:
+        return ""
+    which = f": {_names(kept)}" if kept else ""
+    return (
+        f"Model {model} needs {bits:.3f} bits per byte on held-out text with exact attention; "
+        f"{len(kept)} of {len(measured)} caches stay within {KEPT} of that{which}."
+    )
+
+
+def _changed(records: Sequence[Record], scheme: str) -> str:
+    difference = _change(records, scheme)
+    if difference is None or abs(difference) <= KEPT:
+        return ""
+    top1 = metric(records, "top1_agreement", scheme=scheme)
+    agreement = "" if top1 is None else f" and keeps {100 * top1:.1f} % of the most likely tokens"
+    number = metric(records, "condition_number", scheme=scheme)
+    condition = "" if number is None else f" (condition number {large(number)} in the worst layer)"
+    return f"{scheme} does not: it changes bits per byte by {change(difference)}{agreement}{condition}."
+
+
+def _floor(records: Sequence[Record]) -> str:
+    """What each compute dtype costs whatever the cache."""
+    lowest = {}
+    for dtype in compute_dtypes(records):
+        here = select(records, dtype=dtype)
+        errors = [record.metrics["attention_error"] for record in here if "attention_error" in record.metrics]
+        if errors:
+            lowest[dtype] = min(errors)
+    if len(lowest) < 2:
+        return ""
+    parts = [f"{scientific(error, 0)} in {dtype}" for dtype, error in lowest.items()]
+    return f"No cache does better than the arithmetic around it: the smallest attention error is {_names(parts)}."
+
+
+def _smallest(records: Sequence[Record]) -> str:
+    sizes = []
+    for scheme in distinct(records, "scheme"):
+        difference, ratio = _change(records, scheme), metric(records, "compression", scheme=scheme)
+        if difference is not None and ratio is not None and abs(difference) <= KEPT:
+            sizes.append((ratio, scheme))
+    if not sizes:
+        return ""
+    ratio, scheme = max(sizes)
+    return f"The smallest cache that stays within {KEPT} is {scheme}: {ratio:.2f} times smaller than bf16 KV."
+
+
+def _conditioning(records: Sequence[Record], scheme: str) -> str:
+    """How a scheme fares on each model, where it fails on one of them and the models differ in conditioning."""
+    fared: list[tuple[str, float, float]] = []
+    for model in distinct(records, "model"):
+        number = metric(records, "condition_number", scheme=scheme, model=model)
+        difference = _change(select(records, model=model), scheme)
+        if number is not None and difference is not None:
+            fared.append((model, difference, number))
+    if len(fared) < 2 or max(abs(difference) for _, difference, _ in fared) <= KEPT:
+        return ""
+    parts = [f"{change(difference)} on {model} ({large(number)})" for model, difference, number in fared]
+    return f"Conditioning and {scheme}, as change of bits per byte (condition number): {_names(parts)}."
+
+
+def _unmeasured(records: Sequence[Record], status: str) -> str:
+    missing = [record for record in records if record.status == status]
+    if not missing:
+        return ""
+    parts = [
+        f"{scheme} ({trouble(select(missing, scheme=scheme))})" for scheme in distinct(missing, "scheme")
+    ]
+    return f"Not measured: {_names(parts)}."

@@ -1,0 +1,210 @@
+"""Plots as pure functions of Records and metrics; matplotlib's object interface, no global state.
+
+Colours are mid-tones that read on white and on near-black; a saved file has a white ground, an inlined SVG
+(`inline_svg`) none, with text and axes in the colour of the page.
+"""
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation, Text
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
+
+from slimjax.records import Record
+from slimjax.report.tables import compute_dtypes, distinct, select
+
+INK = "#1a1b1e"  # no series has this colour: `inline_svg` replaces it
+PALETTE = ("#2f7ed8", "#e0632b", "#2a9d68", "#a65fd0", "#b8860b", "#c93c63", "#5b6b7b")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+
+
+def equivalence_plot(records: Sequence[Record]) -> Figure:
+    """Attention error against cache bytes per token: a panel per compute dtype, a label per scheme.
+
+    The first model is filled and labelled; the others are smaller hollow marks of the same colour (the basis).
+    """
+    dtypes, models, bases = compute_dtypes(records), distinct(records, "model"), distinct(records, "basis")
+    figure = Figure(figsize=(4.1 * max(len(dtypes), 1), 4.9), layout="constrained")
+    panels = figure.subplots(1, max(len(dtypes), 1), sharey=True, squeeze=False)[0]
+    labels = {}
+    for axes, dtype in zip(panels, dtypes, strict=False):
+        _frame(axes, f"{dtype} compute", "cache (bytes per token, all layers)")
+        axes.set_yscale("log")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(_thousands)
+        axes.margins(x=0.22, y=0.12)
+        labels[axes] = _scatter(axes, select(records, dtype=dtype), models, bases)
+    panels[0].set_ylabel("attention error, worst layer (relative L2)", color=INK)
+    _legend(figure, bases, models)
+    _spread(figure, labels)
+    return figure
+
+
+def _scatter(
+    axes: Axes, records: Sequence[Record], models: Sequence[str], bases: Sequence[str]
+) -> list[Annotation]:
+    """Marks of every model; the labels of the first, still on top of their marks."""
+    labels = []
+    for model, basis in itertools.product(models, bases):
+        points = _points(select(records, model=model, basis=basis))
+        colour, first = _colour(bases, basis), model == models[0]
+        axes.plot(
+            [x for x, _, _ in points],
+            [y for _, y, _ in points],
+            linestyle="none",
+            marker=MARKERS[models.index(model) % len(MARKERS)],
+            markersize=8 if first else 5.5,
+            markerfacecolor=colour if first else "none",
+            markeredgecolor=colour,
+            zorder=3 if first else 2,
+        )
+        labels += [_label(axes, x, y, text, colour) for x, y, text in points if first]
+    return labels
+
+
+def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training loss in bits per byte against step, a curve per model (lines with `model`, `step`, `loss`)."""
+    figure = Figure(figsize=(7.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, dict[int, float]] = {}
+    for line in metrics:
+        if "bits_per_byte" in line and "step" in line:
+            curves.setdefault(line["model"], {})[line["step"]] = line["bits_per_byte"]
+    for index, (model, curve) in enumerate(curves.items()):
+        axes.plot(
+            list(curve), list(curve.values()), color=PALETTE[index % len(PALETTE)], linewidth=1.8, label=model
+        )
+    _frame(axes, "", "training step")
+    axes.set_ylabel("training loss (bits per byte)", color=INK)
+    if curves:
+        axes.legend(frameon=False, labelcolor=INK)
+    return figure
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write stem.png (180 dpi) and stem.svg on a white ground."""
+    figure.savefig(stem.with_suffix(".png"), dpi=180, facecolor="white")
+    stem.with_suffix(".svg").write_text(_svg(figure, "white"))
+
+
+def inline_svg(figure: Figure, name: str) -> str:
+    """The plot as an <svg> element in the colours of the page around it; `name` keeps its ids apart."""
+    text = _svg(figure, "none").replace(INK, "currentColor")
+    text = text[text.index("<svg") :]
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def _svg(figure: Figure, ground: str) -> str:
+    text = io.StringIO()
+    with matplotlib.rc_context(
+        {"svg.fonttype": "path", "svg.hashsalt": "slimjax"}
+    ):  # equal plots, equal bytes
+        figure.savefig(text, format="svg", facecolor=ground, metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def _points(records: Sequence[Record]) -> list[tuple[float, float, str]]:
+    """Bytes, error and scheme of the records that have both numbers; a log axis has no room for an error of 0."""
+    return [
+        (record.metrics["bytes_per_token"], record.metrics["attention_error"], str(record.cell["scheme"]))
+        for record in records
+        if record.metrics.get("attention_error", 0) > 0 and "bytes_per_token" in record.metrics
+    ]
+
+
+def _colour(bases: Sequence[str], basis: str) -> str:
+    return PALETTE[bases.index(basis) % len(PALETTE)]
+
+
+def _frame(axes: Axes, title: str, xlabel: str) -> None:
+    axes.set_facecolor("none")
+    axes.set_title(title, color=INK, fontsize=11)
+    axes.set_xlabel(xlabel, color=INK)
+    axes.tick_params(colors=INK, which="both")
+    axes.grid(True, which="major", color="#808080", alpha=0.3, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_formatter(_thousands)
+
+
+def _thousands(value: float, _: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _legend(figure: Figure, bases: Sequence[str], models: Sequence[str]) -> None:
+    """Colours of the bases and, where there are several, marks of the models; below the panels."""
+
+    def mark(label: str, marker: str, edge: str, face: str) -> Line2D:
+        return Line2D([], [], linestyle="none", label=label, marker=marker, mec=edge, mfc=face)
+
+    handles = [mark(f"basis {basis}", "o", _colour(bases, basis), _colour(bases, basis)) for basis in bases]
+    if len(models) > 1:
+        marks = itertools.cycle(MARKERS)
+        handles += [
+            mark(f"model {model}", next(marks), INK, "none" if i else INK) for i, model in enumerate(models)
+        ]
+    if handles:
+        columns = min(len(handles), 4 * len(figure.axes))
+        figure.legend(
+            handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK
+        )
+
+
+def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> Annotation:
+    leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+    return axes.annotate(
+        text,
+        (x, y),
+        xytext=(0, 0),
+        textcoords="offset points",
+        ha="center",
+        va="center",
+        fontsize=9,
+        color=colour,
+        arrowprops=leader,
+    )
+
+
+def _spread(figure: Figure, labels: Mapping[Axes, Sequence[Annotation]]) -> None:
+    """Move each label to the nearest place where it covers no mark and no other label."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # lays the panels out: places are only known after it
+    renderer = canvas.get_renderer()
+    for axes, texts in labels.items():
+        frame = axes.get_window_extent(renderer)
+        marks = [axes.transData.transform(np.asarray(line.get_xydata())) for line in axes.lines]
+        taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in np.concatenate(marks)]
+        for label in texts:
+            size = Text.get_window_extent(label, renderer)  # of an Annotation it would include the leader
+            anchor = axes.transData.transform(np.asarray(label.xy))
+            box, offset = _free_place(anchor, size.width + 4, size.height + 2, taken, frame)
+            label.set_position((offset[0] * 72 / figure.dpi, offset[1] * 72 / figure.dpi))
+            taken.append(box)
+
+
+def _free_place(
+    anchor: np.ndarray, width: float, height: float, taken: Sequence[Bbox], frame: Bbox
+) -> tuple[Bbox, tuple[float, float]]:
+    """The box of the label and its centre's offset from the anchor, in pixels; tried from near to far."""
+    for ring in range(1, 9):
+        for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)):
+            offset = (dx * (width / 2 + 4 + 6 * ring), dy * (height / 2 + 2 + 6 * ring))
+            box = Bbox.from_bounds(
+                anchor[0] + offset[0] - width / 2, anchor[1] + offset[1] - height / 2, width, height
+            )
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                return box, offset
+    return Bbox.from_bounds(anchor[0], anchor[1], width, height), (width / 2 + 8, 0.0)
