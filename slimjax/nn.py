@@ -98,6 +98,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             dtype=dtype or jnp.dtype(self.dtype or self.param_dtype).name,
         )
 
+    @property
+    def cache(self) -> Cache | None:
+        """The scheme's cache as it stands; None before ``init_cache`` or without a scheme."""
+        return None if self.rows is None else self.rows.get_value()
+
     def init_cache(self, input_shape: Sequence[int], dtype: Any = jnp.float32) -> None:
         """Make an empty cache for ``input_shape`` [B, capacity, D]; with a scheme, ``dtype`` is the codec's.
 
