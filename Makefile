@@ -1,7 +1,12 @@
 # slimjax: the commands. `make help` lists them; each can be run again, and installs only what changed.
 #
-# Time on 2 CPU cores, Python 3.11, after download of the packages: see the column of `make help`.
-# .ci/run = lint + test + test-parity + a short quickstart on 3.11, then test-fast on 3.12: under 60 minutes.
+# Time on 2 CPU cores, Python 3.11, packages from a nearby index (minutes; .ci/run = all of it, limit 60):
+#   install          1    once, again only when pyproject.toml or the constraints change
+#   lint             1
+#   test            12    limit
+#   test-parity      2    with 1 to install torch and transformers, once
+#   quickstart       5    limit, after installation; .ci/run trains briefly: 3
+#   test-fast       10    on Python 3.12 with the newest jax, with 1 to install
 
 PYTHON ?= python3
 # More arguments for pytest or experiments.run: make test ARGS="-k rope"

@@ -115,7 +115,7 @@ def run(config: Quickstart, directory: RunDirectory) -> list[Record]:
             print(f"{variant.name}: {len(missing)} cells to measure", flush=True)
             reference = evaluate.prepare(model, corpus, config.equivalence)
             for cell in missing:
-                log.add(_measured(reference, cell, directory))
+                log.add(_measured(reference, cell, config.equivalence, directory))
             _report(config, directory, log.records)  # after each model: an interrupted run has a report too
     _report(config, directory, log.records)
     return log.records
@@ -139,7 +139,12 @@ def _trained(variant: Variant, corpus: Corpus, directory: RunDirectory) -> Decod
     return trained_model(variant.model, state)
 
 
-def _measured(reference: evaluate.Reference, cell: dict[str, Any], directory: RunDirectory) -> Record:
+def _measured(
+    reference: evaluate.Reference,
+    cell: dict[str, Any],
+    equivalence: EquivalenceConfig,
+    directory: RunDirectory,
+) -> Record:
     """One cell's record: numbers, or why there are none. A failure must not cost the cells after it."""
     start = time.monotonic()
 
@@ -150,7 +155,10 @@ def _measured(reference: evaluate.Reference, cell: dict[str, Any], directory: Ru
     try:
         if cell["dtype"] == IDENTITY:
             return record(metrics=evaluate.identity(reference, cell["scheme"]))
-        return record(metrics=evaluate.measure(reference, cell["scheme"], cell["dtype"]))
+        metrics = evaluate.measure(reference, cell["scheme"], cell["dtype"])
+        return record(
+            metrics=metrics | {"generated": equivalence.generated, "sequences": equivalence.prompts}
+        )
     except NotImplementedError as error:
         return record(status="refused", reason=str(error) or "not implemented")
     except Exception as error:  # noqa: BLE001  recorded, logged, and the run's exit status

@@ -227,23 +227,28 @@ def _at_float32(layer: CachedAttention) -> CachedAttention:
     return dataclasses.replace(layer, spec=dataclasses.replace(layer.spec, dtype="float32"))
 
 
+_attend_full = jax.jit(attend_full, static_argnums=2)
+
+
 def _exact_layer(model: DecoderLM, index: int, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Attention's output and values (value bias left out, as it is folded away) in float64."""
     attention = model.blocks[index].attention
     weights = attention.projections()
     with jax.enable_x64(True):
         spec = attention.decode_spec(dtype="float64")
-        output = np.asarray(attend_full(x.astype(jnp.float64), weights, spec))
+        output = np.asarray(_attend_full(x.astype(jnp.float64), weights, spec))
     value = np.einsum("btd,dkh->btkh", np.asarray(x, np.float64), np.asarray(weights.wv, np.float64))
     return output, np.repeat(value, spec.group, axis=2)
 
 
+@nnx.jit
 def _logits(model: DecoderLM, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-    return nnx.jit(lambda model, tokens: model(tokens))(model, tokens)
+    return model(tokens)
 
 
+@nnx.jit
 def _attention_inputs(model: DecoderLM, tokens: Int[Array, "B T"]) -> tuple[Inputs, ...]:
-    return nnx.jit(lambda model, tokens: model.attention_inputs(tokens))(model, tokens)
+    return model.attention_inputs(tokens)
 
 
 _logit_kl = jax.jit(logit_kl)

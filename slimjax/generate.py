@@ -130,7 +130,8 @@ def generate(
     tokens = _continue(
         graph, params, layers, logits, caches, limit, key, steps=steps, sampling=sampling, eos=eos
     )
-    return jnp.asarray(np.asarray(tokens)[:, :max_new_tokens])  # on the host: a slice there is not compiled
+    # Cut on the host: a slice on the device, or jnp.asarray, compiles a program for every new shape.
+    return jax.device_put(np.asarray(tokens)[:, :max_new_tokens])
 
 
 def _check(

@@ -1,10 +1,9 @@
 """Frozen dataclasses that jax sees as pytrees; fields made with ``static()`` are part of the structure."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
-from typing_extensions import dataclass_transform
 
 _Class = TypeVar("_Class")
 

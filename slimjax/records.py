@@ -5,6 +5,7 @@ and where it comes from. Names of coordinates and metrics come from the two regi
 experiment adds a line there.
 """
 
+import functools
 import json
 import math
 import os
@@ -56,11 +57,13 @@ METRICS = {
     "bits_per_byte_change": "against the same model with exact attention",
     "perplexity": "on held-out text",
     "accuracy": "share of right answers",
-    "count": "samples behind the other metrics",
+    "count": "samples (tokens scored, for a language model) behind the other metrics",
     "p_value": "of the test named in the experiment",
     "word_errors": "word error rate",
     "top1_agreement": "share of tokens whose most likely successor is unchanged",
     "greedy_agreement": "tokens generated greedily before the first difference, mean over sequences",
+    "generated": "tokens generated per sequence, the most greedy_agreement can be",
+    "sequences": "sequences generated for greedy_agreement",
     "bytes_per_token": "cache bytes per token, all layers",
     "compression": "bytes per token of a bf16 KV cache over this cache's",
     "parameters": "trained numbers",
@@ -224,13 +227,13 @@ def _processor() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
 
 
-def provenance(*, config: str, seed: int | None = None, seconds: float | None = None) -> dict[str, Any]:
-    """Where a record comes from. config: the run id; seconds: wall time of the cell."""
+@functools.cache
+def _machine() -> dict[str, Any]:
+    """What stays the same while this process lives."""
     import jax  # late: reading records must not start an accelerator
 
     device = jax.devices()[0]
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "versions": versions(),
@@ -238,6 +241,14 @@ def provenance(*, config: str, seed: int | None = None, seconds: float | None = 
         "device": _processor() if device.platform == "cpu" else device.device_kind,
         "cpus": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def provenance(*, config: str, seed: int | None = None, seconds: float | None = None) -> dict[str, Any]:
+    """Where a record comes from. config: the run id; seconds: wall time of the cell."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_machine(),
         "config": config,
         "seed": seed,
         "seconds": None if seconds is None else round(seconds, 3),

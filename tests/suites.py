@@ -158,7 +158,9 @@ def oracle_bias(case: Subject, query_positions, key_positions) -> np.ndarray | N
         layers = (value[name] for name in ("w1", "b1", "w2", "b2", "scale", "threshold"))
         of_pair = oracle.fire(*layers)
     elif position.kind == "kerple":
-        of_pair = oracle.kerple(np.log1p(np.exp(value["r1"])), np.log1p(np.exp(value["r2"])), position.power)
+        softplus, bounded = (lambda r: np.log1p(np.exp(r))), (lambda r: 2 / (1 + np.exp(-r)))
+        r2 = (bounded if position.power else softplus)(value["r2"])
+        of_pair = oracle.kerple(softplus(value["r1"]), r2, position.power)
     else:
         return None
     return oracle.additive_bias(of_pair, heads, query_positions, key_positions)

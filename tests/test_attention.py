@@ -181,6 +181,7 @@ def test_gradients(variant, position, x64):
     layer = convert(case.projections, case.spec).layer
 
     def output(x, bias):
+        x, bias = jax.tree.map(jnp.asarray, (x, bias))  # check_grads hands over numpy arrays
         weights = dataclasses.replace(layer.weights, position=bias)
         cache = init_cache(case.spec, batch=1, capacity=4)
         return attend_cached(x, dataclasses.replace(layer, weights=weights), cache)[0]
@@ -192,7 +193,9 @@ def test_ragged_prefill_equals_each_sequence_alone(x64):
     case = suites.subject("k:float64", "mha", "rope", batch=3)
     layer = convert(case.projections, case.spec).layer
     count = jnp.asarray([9, 4, 1], jnp.int32)
-    poisoned = jnp.where(jnp.arange(9)[None, :, None] < count[:, None, None], case.inputs, 1e3)
+    poisoned = jnp.where(
+        jnp.arange(9, dtype=jnp.int32)[None, :, None] < count[:, None, None], case.inputs, 1e3
+    )
     out, cache = prefill(poisoned, layer, init_cache(case.spec, batch=3, capacity=12), count=count)
     step, _ = attend_cached(case.inputs[:, :1], layer, cache)
     for b, length in enumerate((9, 4, 1)):

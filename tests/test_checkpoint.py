@@ -87,5 +87,5 @@ def test_damage_is_noticed(tmp_path):
     path = checkpoint.save(tmp_path, 1, tree())
     other = checkpoint.save(tmp_path, 2, tree(2.0))
     (path / "manifest.json").write_text((other / "manifest.json").read_text())
-    with pytest.raises(ValueError, match="kernel.*is damaged"):
+    with pytest.raises(ValueError, match=r"kernel.*is damaged"):
         checkpoint.restore(tmp_path, zeros(), 1)

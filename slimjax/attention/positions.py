@@ -98,7 +98,8 @@ def init_bias(position: Position, heads: int, key: Array) -> BiasParameters:
     """Trainable parameters of an additive bias, float32; None for schemes without any.
 
     t5: ``table`` [buckets, N]. fire: ``scale`` [], ``threshold`` [], ``w1`` [F], ``b1`` [F], ``w2`` [F, N],
-    ``b2`` [N]. kerple: ``r1`` [N], ``r2`` [N], both kept positive by softplus.
+    ``b2`` [N]. kerple: ``r1`` [N], ``r2`` [N], made positive by softplus (r2 of the power form: between 0 and 2, by
+    a sigmoid).
     """
     first, second = jax.random.split(key)
     if position.kind == "t5":
@@ -178,7 +179,9 @@ def bias(
     elif position.kind == "fire":
         by_head = _fire(value, query, key, dtype)
     else:
-        r1, r2 = (jax.nn.softplus(value[name])[None, None, None, :] for name in ("r1", "r2"))
+        r1, r2 = (value[name][None, None, None, :] for name in ("r1", "r2"))
+        # Positive definite for r1 > 0 and r2 > 0; the power form needs r2 <= 2 besides.
+        r1, r2 = jax.nn.softplus(r1), 2 * jax.nn.sigmoid(r2) if position.power else jax.nn.softplus(r2)
         distance = behind[..., None]
         # 0 ** r2 has an infinite derivative; the distance 0 contributes 0 whatever r2 is.
         powered = jnp.where(distance == 0, distance, jnp.where(distance == 0, 1, distance) ** r2)
@@ -193,6 +196,6 @@ def _fire(
     scale, threshold = jnp.abs(value["scale"]), jnp.abs(value["threshold"])
     near = jnp.log1p(scale * jnp.abs(query - key).astype(dtype))
     far = jnp.log1p(scale * jnp.maximum(query.astype(dtype), threshold))
-    relative = (near / far)[..., None]
+    relative = (near / jnp.maximum(far, jnp.finfo(dtype).tiny))[..., None]  # scale may reach 0
     hidden = jax.nn.relu(relative * value["w1"][None, None, None, :] + value["b1"][None, None, None, :])
     return einsum("btsf,fn->btsn", hidden, value["w2"]) + value["b2"][None, None, None, :]

@@ -59,10 +59,11 @@ def _kept(records: Sequence[Record], model: str) -> str:
     bits = exact_bits(records)
     if not measured or bits is None:
         return ""
-    which = f": {_names(kept)}" if kept else ""
+    share = f"all {len(kept)}" if len(kept) == len(measured) else f"{len(kept)} of {len(measured)}"
+    which = f": {_names(kept)}" if 0 < len(kept) < len(measured) else ""
     return (
         f"Model {model} needs {bits:.3f} bits per byte on held-out text with exact attention; "
-        f"{len(kept)} of {len(measured)} caches stay within {KEPT} of that{which}."
+        f"{share} caches stay within {KEPT} of that{which}."
     )
 
 

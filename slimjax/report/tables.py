@@ -102,11 +102,11 @@ def metric(records: Sequence[Record], name: str, **cell: Any) -> Any:
 
 
 def trouble(records: Sequence[Record]) -> str:
-    """Why these records lack numbers: each status with the first reason given for it."""
+    """Why these records lack numbers: each status with the last reason given for it."""
     reasons: dict[str, str] = {}
     for record in records:
         if record.status != "ok":
-            reasons.setdefault(record.status, record.reason)
+            reasons[record.status] = record.reason
     return "; ".join(f"{status}: {reason}" for status, reason in reasons.items())
 
 
@@ -118,16 +118,18 @@ def compute_dtypes(records: Sequence[Record]) -> list[str]:
 def equivalence_table(records: Sequence[Record], model: str) -> Table:
     """One row per scheme of `model`: is its cache the same attention, and at which cost."""
     here = select(records, model=model)
-    error = "attention error, {}"
+    n, generated, sequences = (metric(here, name) for name in ("count", "generated", "sequences"))
+    scored = "" if n is None else f" (n = {n:,})"
+    greedy = "" if generated is None else f" of {generated}, n = {sequences}"
     columns: list[tuple[Column, str, dict[str, str]]] = [
         (Column("float64 identity error", "error"), "identity_error", {}),
         *(
-            (Column(error.format(it), "error"), "attention_error", {"dtype": it})
-            for it in compute_dtypes(here)
+            (Column(f"attention error, {dtype}", "error"), "attention_error", {"dtype": dtype})
+            for dtype in compute_dtypes(here)
         ),
-        (Column("bits per byte, change", "change"), "bits_per_byte_change", {}),
-        (Column("top-1 agreement (%)", "percent"), "top1_agreement", {}),
-        (Column("greedy agreement (tokens)", "tokens"), "greedy_agreement", {}),
+        (Column(f"bits per byte, change{scored}", "change"), "bits_per_byte_change", {}),
+        (Column(f"top-1 agreement, %{scored}", "percent"), "top1_agreement", {}),
+        (Column(f"greedy agreement (tokens{greedy})", "tokens"), "greedy_agreement", {}),
         (Column("cache (bytes per token)", "count"), "bytes_per_token", {}),
         (Column("bf16 KV / this cache", "ratio"), "compression", {}),
         (Column("condition number", "large"), "condition_number", {}),
@@ -137,12 +139,9 @@ def equivalence_table(records: Sequence[Record], model: str) -> Table:
         row = select(here, scheme=scheme)
         rows.append((scheme, *(metric(row, name, **cell) for _, name, cell in columns)))
         remarks.append(trouble(row))
-    scored = metric(here, "count")
     note = "Errors: relative L2 of the attention output against exact attention, worst layer."
-    if scored is not None:
-        note += (
-            f" Bits per byte and top-1 agreement: n = {scored:,} held-out tokens, {compute_dtypes(here)[0]}."
-        )
+    if scored:
+        note += f" Bits per byte and agreement: against the exact model, {compute_dtypes(here)[0]} compute."
     titles = (Column("scheme"), *(column for column, _, _ in columns))
     return Table(f"Schemes on model {model}", titles, tuple(rows), tuple(remarks), note)
 
