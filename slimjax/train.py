@@ -3,6 +3,7 @@
 So training that stops and goes on from its state takes the same steps, bit for bit, as training that does not.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -149,6 +150,7 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0))))
 
 
+@functools.lru_cache(maxsize=4)  # going on from a state compiles nothing anew
 def _compiled_step(
     model_config: ModelConfig, config: TrainConfig
 ) -> Callable[[TrainState, np.ndarray], tuple[TrainState, Array]]:

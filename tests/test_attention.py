@@ -17,6 +17,10 @@ from slimjax.numerics import relative_l2, tolerance
 from slimjax.solve import convert
 
 
+# Compiled whole: op by op, every shape of every op would be compiled by itself.
+cached_step, exact_step, full = jax.jit(attend_cached), jax.jit(prefill), jax.jit(attend_full, static_argnums=2)
+
+
 def through_cache(case, chunks=None, *, first_exact=False):
     """All tokens of a case through its cache, in chunks of the given sizes."""
     layer = convert(case.projections, case.spec).layer
@@ -24,7 +28,7 @@ def through_cache(case, chunks=None, *, first_exact=False):
     cache = init_cache(case.spec, batch=x.shape[0], capacity=x.shape[1] + 3)
     out, done = [], 0
     for size in chunks or (x.shape[1],):
-        step = prefill if first_exact and not done else attend_cached
+        step = exact_step if first_exact and not done else cached_step
         y, cache = step(x[:, done : done + size], layer, cache)
         out.append(np.asarray(y).astype(np.float64))
         done += size
@@ -38,7 +42,7 @@ def test_identity(variant, layout, position, x64):
     expected = suites.oracle_output(case)
     limit = 1e-12 * max(case.condition, 10.0)
     assert limit <= 1e-10 * case.condition
-    assert relative_l2(attend_full(case.inputs, case.projections, case.spec), expected) < 1e-13
+    assert relative_l2(full(case.inputs, case.projections, case.spec), expected) < 1e-13
     assert relative_l2(through_cache(case), expected) < limit
 
 
@@ -60,7 +64,7 @@ def test_what_cannot_be_done_is_refused(variant, layout, position, x64):
 def test_identity_of_options(variant, options, x64):
     case = suites.subject(f"{variant}:float64", "mha", "alibi", **options)
     expected = suites.oracle_output(case)
-    assert relative_l2(attend_full(case.inputs, case.projections, case.spec), expected) < 1e-13
+    assert relative_l2(full(case.inputs, case.projections, case.spec), expected) < 1e-13
     assert relative_l2(through_cache(case), expected) < 1e-12 * max(case.condition, 10.0)
 
 
@@ -97,13 +101,13 @@ def decode_against_oracle(
     converted = convert(case.projections, case.spec)
     layer, figures = converted.layer, converted.figures
     cache = init_cache(case.spec, batch=1, capacity=tokens)
-    _, cache = attend_cached(case.inputs, layer, cache)
+    _, cache = cached_step(case.inputs, layer, cache)
     weights = (
         layer.weights if w_kv is None else dataclasses.replace(layer.weights, w_kv=w_kv(layer.weights.w_kv))
     )
     queries = 4
     q = jnp.asarray(oracle.project(case.x[:, -queries:], case.arrays["wq"]), "float32")
-    value = slimjax.decode(q, cache, weights, case.spec)
+    value = jax.jit(slimjax.decode, static_argnums=3)(q, cache, weights, case.spec)
     steps = np.arange(tokens)
     q = oracle.f64(q)
     if suites.rope_of(case.spec):
@@ -162,11 +166,11 @@ def test_causality_by_gradients(variant, x64):
     def cached(x):
         return attend_cached(x, layer, init_cache(case.spec, batch=1, capacity=6))[0].sum(axis=(0, 2))
 
-    def full(x):
+    def without(x):
         return attend_full(x, case.projections, case.spec).sum(axis=(0, 2))
 
-    for function in (cached, full):
-        reach = np.abs(np.asarray(jax.jacobian(function)(case.inputs))).sum(axis=(1, 3)) > 0  # [T, T]
+    for function in (cached, without):
+        reach = np.abs(np.asarray(jax.jit(jax.jacobian(function))(case.inputs))).sum(axis=(1, 3)) > 0  # [T, T]
         query, key = np.indices(reach.shape)
         np.testing.assert_array_equal(reach, (key <= query) & (key > query - 4))
 
@@ -186,7 +190,7 @@ def test_gradients(variant, position, x64):
         cache = init_cache(case.spec, batch=1, capacity=4)
         return attend_cached(x, dataclasses.replace(layer, weights=weights), cache)[0]
 
-    check_grads(output, (case.inputs, case.projections.position), order=1, modes=["rev"], eps=1e-5)
+    check_grads(jax.jit(output), (case.inputs, case.projections.position), order=1, modes=["rev"], eps=1e-5)
 
 
 def test_ragged_prefill_equals_each_sequence_alone(x64):
@@ -196,11 +200,11 @@ def test_ragged_prefill_equals_each_sequence_alone(x64):
     poisoned = jnp.where(
         jnp.arange(9, dtype=jnp.int32)[None, :, None] < count[:, None, None], case.inputs, 1e3
     )
-    out, cache = prefill(poisoned, layer, init_cache(case.spec, batch=3, capacity=12), count=count)
-    step, _ = attend_cached(case.inputs[:, :1], layer, cache)
+    out, cache = exact_step(poisoned, layer, init_cache(case.spec, batch=3, capacity=12), count=count)
+    step, _ = cached_step(case.inputs[:, :1], layer, cache)
     for b, length in enumerate((9, 4, 1)):
         alone = init_cache(case.spec, batch=1, capacity=12)
-        expected, alone = prefill(case.inputs[b : b + 1, :length], layer, alone)
+        expected, alone = exact_step(case.inputs[b : b + 1, :length], layer, alone)
         np.testing.assert_allclose(out[b : b + 1, :length], expected, rtol=0, atol=1e-12)
-        expected, _ = attend_cached(case.inputs[b : b + 1, :1], layer, alone)
+        expected, _ = cached_step(case.inputs[b : b + 1, :1], layer, alone)
         np.testing.assert_allclose(step[b : b + 1], expected, rtol=0, atol=1e-9)
