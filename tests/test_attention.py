@@ -16,9 +16,12 @@ from slimjax.cache import codec_of
 from slimjax.numerics import relative_l2, tolerance
 from slimjax.solve import convert
 
-
 # Compiled whole: op by op, every shape of every op would be compiled by itself.
-cached_step, exact_step, full = jax.jit(attend_cached), jax.jit(prefill), jax.jit(attend_full, static_argnums=2)
+cached_step, exact_step, full = (
+    jax.jit(attend_cached),
+    jax.jit(prefill),
+    jax.jit(attend_full, static_argnums=2),
+)
 
 
 def through_cache(case, chunks=None, *, first_exact=False):
@@ -170,7 +173,9 @@ def test_causality_by_gradients(variant, x64):
         return attend_full(x, case.projections, case.spec).sum(axis=(0, 2))
 
     for function in (cached, without):
-        reach = np.abs(np.asarray(jax.jit(jax.jacobian(function))(case.inputs))).sum(axis=(1, 3)) > 0  # [T, T]
+        reach = (
+            np.abs(np.asarray(jax.jit(jax.jacobian(function))(case.inputs))).sum(axis=(1, 3)) > 0
+        )  # [T, T]
         query, key = np.indices(reach.shape)
         np.testing.assert_array_equal(reach, (key <= query) & (key > query - 4))
 
