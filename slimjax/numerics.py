@@ -95,9 +95,9 @@ def tolerance(dtype: jax.typing.DTypeLike, *, size: int = 1, gain: float = 1.0) 
 
     Rounding to ``dtype`` (q, P, output) is relative and independent per element: rms 0.2 eps each for
     mantissas spread log-uniformly, 0.35 eps for the three together, so eps bounds it with a factor 3.
-    Sums run in the accumulation dtype: a sum of ``size`` products drifts by about eps sqrt(size) and
-    reaches V multiplied by ``gain`` (noise gain of W_KV; 1 where nothing is solved for).
+    Sums run in the accumulation dtype: a sum of ``size`` products drifts by its unit roundoff (eps / 2)
+    times sqrt(size), and reaches V multiplied by ``gain`` (noise gain of W_KV; 1 where nothing is solved for).
     """
     compute = float(jnp.finfo(dtype).eps)
-    accumulate = float(jnp.finfo(accumulation_dtype(dtype)).eps)
-    return compute + accumulate * math.sqrt(size) * max(gain, 1.0)
+    roundoff = float(jnp.finfo(accumulation_dtype(dtype)).eps) / 2
+    return compute + roundoff * math.sqrt(size) * max(gain, 1.0)

@@ -57,6 +57,8 @@ class Scheme:
             object.__setattr__(self, "option", _OPTIONS[self.basis])
         if self.option not in ((0,) if self.basis == "kv" else (1, 2)):
             raise ValueError(f"basis {self.basis!r} has no option {self.option}")
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"a group has at least one member, not {self.group}")
         if self.extra and self.basis != "k":
             raise ValueError(f"+{self.extra} extra coordinates belong to basis k, not {self.basis!r}")
 
@@ -78,7 +80,7 @@ def suggest(name: str, known: Collection[str]) -> str:
 def parse_scheme(text: str) -> Scheme:
     """One scheme from its text. Raises ValueError naming the part that is wrong and what is known."""
     from slimjax.attention.softmax import SOFTMAXES  # the registries import Scheme's users
-    from slimjax.cache.codecs import CODECS
+    from slimjax.cache.codecs import CODECS, codec_of
 
     match = _FORM.fullmatch(text.strip())
     if match is None:
@@ -97,6 +99,7 @@ def parse_scheme(text: str) -> Scheme:
             extra=int(part["extra"] or 0),
             softmax=part["softmax"] or "exact",
         )
+        codec_of(scheme)
         if scheme.softmax not in SOFTMAXES:
             raise ValueError(f"unknown softmax {scheme.softmax!r}{suggest(scheme.softmax, SOFTMAXES)}")
     except ValueError as error:

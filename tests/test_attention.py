@@ -138,16 +138,26 @@ def decode_against_oracle(
 @pytest.mark.parametrize("variant", suites.VARIANTS)
 @pytest.mark.parametrize("codec", ["float32", "bf16", "int16"])
 def test_precision(variant, codec, dtype):
-    """The arithmetic of decode, apart from the codec's rounding, stays within the derived tolerance."""
+    """The arithmetic of decode, apart from the codec's rounding, stays within the derived tolerance.
+
+    And comes within a factor 10 of it, so that a loss of three bits would be seen.
+    """
     error, limit = decode_against_oracle(variant, codec, dtype)
-    assert error < limit
+    assert limit / 10 < error < limit
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_tolerance_is_tight(dtype):
-    """The worst basis comes within a factor 10 of the tolerance, so a loss of three bits would be seen."""
-    errors, limits = zip(*(decode_against_oracle(v, "int16", dtype) for v in suites.VARIANTS), strict=True)
-    assert max(e / limit for e, limit in zip(errors, limits, strict=True)) > 0.1
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["kv", "k1", "k2", "v1", "x1"])
+def test_precision_with_rope(variant, dtype):
+    error, limit = decode_against_oracle(variant, "int16", dtype, position="rope")
+    assert limit / 10 < error < limit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("variant", ["kv", "x1", "x2"])
+def test_precision_of_grouped_heads(variant, dtype):
+    error, limit = decode_against_oracle(variant, "int16", dtype, size=(4, 2, 16, 64))
+    assert limit / 10 < error < limit
 
 
 def rounded(x):

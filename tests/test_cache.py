@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 import oracle
 import slimjax
-from slimjax.attention.layer import attend_cached, init_cache
+from slimjax.attention.layer import attend_cached, init_cache, prefill
 from slimjax.cache import CODECS, append, codec, empty, read
 from slimjax.solve import convert
 
@@ -117,6 +117,25 @@ def test_overflow_is_loud():
     assert np.isnan(out[0]).all()  # traced code cannot raise, so the sequence that lost a token says so
     assert np.isfinite(out[1, :8]).all()
     np.testing.assert_array_equal(full.length, [9, 8])
+
+
+def test_a_prefill_behind_other_tokens_and_a_wrong_count_are_loud():
+    case = suites.subject("k:float32", "mha", "none", dtype="float32")
+    layer = convert(case.projections, case.spec).layer
+    cache = init_cache(case.spec, batch=2, capacity=30)
+    _, held = jax.jit(prefill)(case.inputs, layer, cache, count=jnp.asarray([3, 0], jnp.int32))
+    with pytest.raises(ValueError, match=r"needs an empty cache, this one holds \[3, 0\]"):
+        prefill(case.inputs, layer, held)
+    out, _ = jax.jit(prefill)(case.inputs, layer, held)
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
+    for count in (10, -1):
+        counts = jnp.asarray([9, count], jnp.int32)
+        with pytest.raises(ValueError, match=r"expected 0\.\.9"):
+            attend_cached(case.inputs, layer, cache, count=counts)
+        out, _ = jax.jit(attend_cached)(case.inputs, layer, cache, count=counts)
+        assert np.isfinite(out[0]).all()
+        assert np.isnan(out[1]).all()
 
 
 def test_misuse_is_named():

@@ -13,6 +13,7 @@ from jax.extend.core import Literal
 
 import slimjax
 from slimjax.attention.layer import attend_cached, init_cache
+from slimjax.kernels import api
 from slimjax.numerics import relative_l2
 from slimjax.solve import convert
 
@@ -40,11 +41,12 @@ def products(jaxpr, derived=frozenset()):
             derived.update(equation.outvars)
 
 
-def imprecise(function, *arguments, weight):
-    """Products in ``function`` that are below the stated precision, as text; ``weight`` names W_KV's leaf index."""
+def imprecise(function, *arguments, weight=None):
+    """Products in ``function`` below the stated precision, as text; ``weight``: which argument is W_KV, if any."""
     jaxpr = jax.make_jaxpr(function)(*arguments)
+    derived = set() if weight is None else {jaxpr.jaxpr.invars[weight]}
     found = []
-    for equation, with_weight in products(jaxpr.jaxpr, {jaxpr.jaxpr.invars[weight]}):
+    for equation, with_weight in products(jaxpr.jaxpr, derived):
         dtypes = {v.aval.dtype for v in equation.invars}
         if equation.params["precision"] != HIGHEST:
             found.append(f"default precision: {equation}")
@@ -52,24 +54,38 @@ def imprecise(function, *arguments, weight):
             found.append(f"sums not in float32: {equation}")
         if with_weight and dtypes != {jnp.dtype("float32")}:
             found.append(f"W_KV rounded: {equation}")
-    assert any(with_weight for _, with_weight in products(jaxpr.jaxpr, {jaxpr.jaxpr.invars[weight]}))
+    # A walk that meets no product, or none with the weight, would find nothing wrong anywhere.
+    assert any(with_weight or weight is None for _, with_weight in products(jaxpr.jaxpr, derived))
     return found
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("variant", ["k1", "k2", "v1", "v2"])
+@pytest.mark.parametrize(
+    ("variant", "position", "name"),
+    [
+        ("kv", "rope", None),
+        ("k1", "rope", "w_kv"),
+        ("k2", "rope", "w_kv"),
+        ("k2", "alibi", "w_kv"),
+        ("v1", "rope", "w_vk"),
+        ("v2", "alibi", "w_vk"),
+        ("x1", "rope", "wv"),
+        ("x2", "fire", "wk"),
+    ],
+)
 @pytest.mark.parametrize("codec", ["bf16", "int16"])
-def test_every_product_is_at_the_stated_precision(variant, codec, dtype):
-    case = suites.subject(f"{variant}:{codec}", "mha", "alibi", dtype=dtype)
+def test_every_product_is_at_the_stated_precision(variant, position, name, codec, dtype):
+    case = suites.subject(f"{variant}:{codec}", "mha", position, dtype=dtype)
     weights = convert(case.projections, case.spec).layer.weights
     cache = init_cache(case.spec, batch=2, capacity=8)
     q = jnp.zeros((2, 1, 4, 6), jnp.float32)
-    name = "w_kv" if variant[0] == "k" else "w_vk"
 
     def step(weight, q):
-        return slimjax.decode(q, cache, dataclasses.replace(weights, **{name: weight}), case.spec)
+        used = weights if name is None else dataclasses.replace(weights, **{name: weight})
+        return slimjax.decode(q, cache, used, case.spec)
 
-    assert imprecise(step, getattr(weights, name), q, weight=0) == []
+    weight = jnp.zeros(()) if name is None else getattr(weights, name)
+    assert imprecise(step, weight, q, weight=None if name is None else 0) == []
 
 
 def test_the_walk_sees_what_it_is_for():
@@ -155,10 +171,48 @@ def test_refusals_and_wrong_calls():
     with pytest.raises(ValueError, match=r"needs weights\.w_kv"):
         slimjax.decode(q, cache, slimjax.DecodeWeights(), case.spec)
     rotary = dataclasses.replace(case.spec, scheme=slimjax.parse_scheme("x:int16"))
-    with pytest.raises(NotImplementedError, match=r"reference: .*use x1"):
+    with pytest.raises(NotImplementedError, match="use x1"):
         slimjax.decode(q, cache, weights, rotary)
     with pytest.raises(ValueError, match="is not a multiple"):
         dataclasses.replace(case.spec, kv_heads=3)
+    with pytest.raises(ValueError, match="RoPE needs an even head size, got head_dim=5"):
+        dataclasses.replace(case.spec, head_dim=5)
+    with pytest.raises(ValueError, match="expected a Scheme"):
+        dataclasses.replace(case.spec, scheme="k:int16")
+    assert dataclasses.replace(case.spec, dtype=jnp.bfloat16) == dataclasses.replace(
+        case.spec, dtype="bfloat16"
+    )
+
+
+@pytest.mark.parametrize("other", ["kv:int16", "x1:int16", "k:int8", "k:bf16"])
+def test_a_cache_of_another_scheme_is_refused(other):
+    case = suites.subject("k:int16", "mha", "rope", dtype="float32")
+    weights = convert(case.projections, case.spec).layer.weights
+    spec = dataclasses.replace(case.spec, scheme=slimjax.parse_scheme(other))
+    with pytest.raises(ValueError, match=r"the cache holds .* scheme k:int16 of this spec needs"):
+        slimjax.decode(jnp.zeros((2, 1, 4, 6)), init_cache(spec, batch=2, capacity=4), weights, case.spec)
+    fewer = dataclasses.replace(case.spec, scheme=spec.scheme, kv_heads=2, width=12)
+    with pytest.raises(ValueError, match="the cache holds"):
+        slimjax.decode(jnp.zeros((2, 1, 4, 6)), init_cache(fewer, batch=2, capacity=4), weights, spec)
+
+
+def test_every_reason_is_reported_where_no_implementation_will(monkeypatch):
+    def refusing(reason):
+        def decode(*_):
+            raise NotImplementedError(reason)
+
+        return decode
+
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", {"first": refusing("too old"), "second": refusing("too new")})
+    monkeypatch.setattr(api, "_ORDER", {jax.default_backend(): ("first", "second")})
+    case = suites.subject("kv:bf16", "mha", "rope", dtype="float32")
+    cache = init_cache(case.spec, batch=2, capacity=4)
+    with pytest.raises(NotImplementedError, match="first: too old; second: too new"):
+        slimjax.decode(jnp.zeros((2, 1, 4, 6)), cache, slimjax.DecodeWeights(), case.spec)
+    with pytest.raises(NotImplementedError, match="too new"):
+        slimjax.decode(
+            jnp.zeros((2, 1, 4, 6)), cache, slimjax.DecodeWeights(), case.spec, implementation="second"
+        )
 
 
 def test_a_named_implementation_gives_what_none_gives():

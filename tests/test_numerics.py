@@ -43,5 +43,5 @@ def test_einsum_keeps_bfloat16_sums_in_float32():
 
 def test_tolerance_grows_with_what_it_is_derived_from():
     eps = np.finfo(np.float32).eps
-    assert numerics.tolerance("float32", size=64, gain=10.0) == pytest.approx(eps * (1 + 8 * 10))
+    assert numerics.tolerance("float32", size=64, gain=10.0) == pytest.approx(eps * (1 + 8 / 2 * 10))
     assert numerics.tolerance("bfloat16") == pytest.approx(2**-7, rel=1e-4)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import suites
 from hypothesis import given, strategies as st
 
 import oracle
-from slimjax.attention.layer import attend_full
+from slimjax.attention.layer import attend_cached, attend_full, init_cache
 from slimjax.cache import codec_of
 from slimjax.numerics import relative_l2
+from slimjax.scheme import parse_scheme
 from slimjax.solve import convert
 from slimjax.solve.fold import fold_value_bias
 from slimjax.solve.linear import condition_number, noise_gain, solve_map
@@ -106,10 +108,21 @@ def test_weights_that_are_not_finite_are_refused():
 @pytest.mark.parametrize("layout", ["mha", "gqa", "mqa"])
 def test_value_bias_folds_into_the_output_bias(layout, x64):
     case = suites.subject("kv:float64", layout, "rope")
-    folded = fold_value_bias(case.projections)
+    folded = fold_value_bias(case.projections, "float64")
     assert folded.bv is None
     outputs = [attend_full(case.inputs, p, case.spec) for p in (case.projections, folded)]
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_a_folded_bias_is_not_rounded_to_the_weights_dtype(stored, x64):
+    """Weights as a checkpoint has them, a float64 spec: the fold must not cost what the solve does not."""
+    case = suites.subject("k:float64", "gqa" if stored == "bfloat16" else "mha", "rope")
+    low = jax.tree.map(lambda array: array.astype(stored), case.projections)
+    spec = dataclasses.replace(case.spec, scheme=parse_scheme("x1:float64"))
+    layer = convert(low, spec).layer
+    out, _ = attend_cached(case.inputs, layer, init_cache(spec, batch=2, capacity=9))
+    assert relative_l2(out, attend_full(case.inputs, low, spec)) < 1e-14
 
 
 def test_key_bias_is_carried_only_where_it_matters():

@@ -13,7 +13,7 @@ from slimjax.attention.projections import DecodeWeights, Projections, project
 from slimjax.attention.reference import Geometry, scores, weigh, weights as score_weights
 from slimjax.axes import Inputs, Queries, typed
 from slimjax.cache import Streams
-from slimjax.kernels.spec import DecodeSpec
+from slimjax.kernels.spec import DecodeSpec, too_narrow
 from slimjax.numerics import einsum
 
 
@@ -21,13 +21,7 @@ def refusal(spec: DecodeSpec) -> str | None:
     """Why this spec cannot use the basis, or None."""
     if spec.scheme.extra:
         return f"extra coordinates (+{spec.scheme.extra}) are not implemented"
-    if spec.key_width < spec.width:
-        kind = "GQA or MQA: " if spec.kv_heads < spec.heads else ""
-        return (
-            f"{kind}keys of width E = {spec.key_width} do not determine values of inputs of width "
-            f"D = {spec.width}; use kv or x"
-        )
-    return None
+    return too_narrow(spec, "keys", "values")
 
 
 def streams(spec: DecodeSpec) -> Streams:

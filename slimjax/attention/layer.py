@@ -1,6 +1,7 @@
 """One attention layer, from its inputs to its output: without a cache, filling one, and through one."""
 
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from slimjax.attention.bases import basis
@@ -80,13 +81,20 @@ def prefill(
     Args:
         x: [B, T, D].
         layer: the converted layer.
-        cache: an *empty* cache.
+        cache: an *empty* cache. Under jit a sequence that already holds tokens is answered with NaN.
         count: [B], tokens of each right-padded sequence; None: all T.
 
     Returns:
         The layer's output (rows past ``count`` are meaningless) and the filled cache.
+
+    Raises:
+        ValueError: (outside jit) the cache is not empty; ``attend_cached`` is for later chunks.
     """
+    held = cache.length > 0
+    if not isinstance(held, Tracer) and bool(jnp.any(held)):
+        raise ValueError(f"prefill needs an empty cache, this one holds {cache.length.tolist()} tokens")
     out = attend_full(x, layer.projections, layer.spec, length=count)
+    out = jnp.where(held[:, None, None], jnp.full_like(out, jnp.nan), out)
     return out, _append(x, layer, cache, count)
 
 

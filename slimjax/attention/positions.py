@@ -103,19 +103,20 @@ def init_bias(position: Position, heads: int, key: Array) -> BiasParameters:
     """
     first, second = jax.random.split(key)
     if position.kind == "t5":
-        return {"table": 0.02 * jax.random.normal(first, (position.buckets, heads))}
+        return {"table": 0.02 * jax.random.normal(first, (position.buckets, heads), jnp.float32)}
     if position.kind == "fire":
         width = position.hidden
         return {
             "scale": jnp.asarray(0.1, jnp.float32),
             "threshold": jnp.asarray(512.0, jnp.float32),
-            "w1": jax.random.normal(first, (width,)),
+            "w1": jax.random.normal(first, (width,), jnp.float32),
             "b1": jnp.zeros((width,), jnp.float32),
-            "w2": jax.random.normal(second, (width, heads)) / math.sqrt(width),
+            "w2": jax.random.normal(second, (width, heads), jnp.float32) / math.sqrt(width),
             "b2": jnp.zeros((heads,), jnp.float32),
         }
     if position.kind == "kerple":
-        return {"r1": jax.random.normal(first, (heads,)), "r2": jax.random.normal(second, (heads,))}
+        keys = {"r1": first, "r2": second}
+        return {name: jax.random.normal(key, (heads,), jnp.float32) for name, key in keys.items()}
     return None
 
 

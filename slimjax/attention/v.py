@@ -18,7 +18,7 @@ from slimjax.attention.reference import (
 )
 from slimjax.axes import Inputs, Queries, typed
 from slimjax.cache import Streams
-from slimjax.kernels.spec import DecodeSpec
+from slimjax.kernels.spec import DecodeSpec, too_narrow
 from slimjax.numerics import einsum
 
 
@@ -26,13 +26,7 @@ def refusal(spec: DecodeSpec) -> str | None:
     """Why this spec cannot use the basis, or None."""
     if spec.scheme.option == 2 and spec.position.rotary:
         return "RoPE stands between a query and the absorbed key weights; use v1, which rebuilds the keys"
-    if spec.key_width < spec.width:
-        kind = "GQA or MQA: " if spec.kv_heads < spec.heads else ""
-        return (
-            f"{kind}values of width E = {spec.key_width} do not determine keys of inputs of width "
-            f"D = {spec.width}; use kv or x"
-        )
-    return None
+    return too_narrow(spec, "values", "keys")
 
 
 def streams(spec: DecodeSpec) -> Streams:

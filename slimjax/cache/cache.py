@@ -80,16 +80,21 @@ def append(
             None: all of them.
 
     Raises:
-        ValueError: streams differ from the cache's, or (outside jit) the capacity is exceeded. Under jit
-            an overfull sequence is answered with NaN by ``decode``, since a traced program cannot raise.
+        ValueError: streams differ from the cache's, or (outside jit) the capacity is exceeded or a count is
+            not in 0..T. Under jit ``decode`` answers such a sequence with NaN, since a traced program
+            cannot raise.
     """
     if rows.keys() != cache.streams.keys():
         raise ValueError(f"the cache holds {sorted(cache.streams)}, the new rows are {sorted(rows)}")
     tokens = next(iter(rows.values())).shape[1]
     new = jnp.full_like(cache.length, tokens) if count is None else count.astype(cache.length.dtype)
-    length = cache.length + new
-    if not isinstance(length, Tracer) and int(jnp.max(length)) > cache.capacity:
-        raise ValueError(f"{int(jnp.max(length))} tokens do not fit a cache of {cache.capacity} slots")
+    wrong = (new < 0) | (new > tokens)
+    length = jnp.where(wrong, jnp.full_like(new, cache.capacity + 1), cache.length + new)
+    if not isinstance(length, Tracer):
+        if bool(jnp.any(wrong)):
+            raise ValueError(f"count = {new.tolist()}: expected 0..{tokens}, the tokens given")
+        if int(jnp.max(length)) > cache.capacity:
+            raise ValueError(f"{int(jnp.max(length))} tokens do not fit a cache of {cache.capacity} slots")
     step = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     # Padding goes to a slot that does not exist, where the scatter drops it.
     slots = jnp.where(step < new[:, None], cache.length[:, None] + step, cache.capacity)

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 import jax
 
+from slimjax.attention.bases import basis
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries, typed
-from slimjax.cache import Cache
+from slimjax.cache import Cache, codec_of, empty
 from slimjax.kernels import reference
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import suggest
@@ -43,14 +44,16 @@ def decode(
         capacity is NaN; a query that sees no key is 0.
 
     Raises:
-        ValueError: shapes that do not fit the spec, or an unknown implementation.
-        NotImplementedError: a named implementation, or every one tried, refuses; with its reasons.
+        ValueError: shapes or a cache that do not fit the spec, or an unknown implementation.
+        NotImplementedError: the spec cannot use its basis, or a named implementation, or every one tried,
+            refuses; with the reasons.
     """
     batch, tokens, heads, size = q.shape
     if (heads, size) != (spec.heads, spec.head_dim):
         raise ValueError(f"q has N, H = {heads}, {size}, the spec {spec.heads}, {spec.head_dim}")
     if batch != cache.batch:
         raise ValueError(f"q has {batch} sequences, the cache {cache.batch}")
+    _check_cache(cache, spec)
     first = cache.length - tokens if start is None else start
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
@@ -65,3 +68,21 @@ def decode(
         except NotImplementedError as refusal:
             reasons.append(f"{name}: {refusal}")
     raise NotImplementedError("; ".join(reasons))
+
+
+def _check_cache(cache: Cache, spec: DecodeSpec) -> None:
+    """Raise ValueError unless the cache is laid out as the spec's own would be; costs nothing under jit."""
+
+    def layout(held: Cache) -> dict[str, list[str]]:
+        streams = held.streams.items()
+        return {
+            name: [f"{x.dtype}{list(x.shape)}" for x in jax.tree.leaves(codes)] for name, codes in streams
+        }
+
+    def own() -> Cache:
+        streams, codec = basis(spec).streams(spec), codec_of(spec.scheme)
+        return empty(streams, codec, batch=cache.batch, capacity=cache.capacity)
+
+    held, wanted = layout(cache), layout(jax.eval_shape(own))
+    if held != wanted:
+        raise ValueError(f"the cache holds {held}, scheme {spec.scheme} of this spec needs {wanted}")

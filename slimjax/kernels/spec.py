@@ -26,7 +26,8 @@ class DecodeSpec:
         causal: whether a query sees only keys at and before its own position.
 
     Raises:
-        ValueError: heads not a multiple of kv_heads, or a non-positive size, window, softcap.
+        ValueError: heads not a multiple of kv_heads, a non-positive size, window or softcap, an odd head
+            size under RoPE, or a dtype that is not listed.
     """
 
     scheme: Scheme
@@ -46,8 +47,13 @@ class DecodeSpec:
             raise ValueError(f"heads, kv_heads, head_dim and width must be positive: {self}")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads=} is not a multiple of {self.kv_heads=}")
+        if not isinstance(self.scheme, Scheme):
+            raise ValueError(f"{self.scheme=}: expected a Scheme; parse_scheme makes one from text")
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.dtype=} is none of {', '.join(_DTYPES)}")
+        if self.position.rotary and self.head_dim % 2:
+            raise ValueError(f"RoPE needs an even head size, got head_dim={self.head_dim}")
         if (self.window is not None and self.window < 1) or (self.softcap is not None and self.softcap <= 0):
             raise ValueError(f"{self.window=} and {self.softcap=} must be positive or None")
 
@@ -65,3 +71,14 @@ class DecodeSpec:
     def accumulation(self) -> jnp.dtype:
         """The dtype of sums and of rows read from the cache: float64 for float64, else float32."""
         return jnp.dtype("float64" if self.dtype == "float64" else "float32")
+
+
+def too_narrow(spec: DecodeSpec, cached: str, missing: str) -> str | None:
+    """Why rows of width E cannot stand in for what is missing, or None: they determine it only if E >= D."""
+    if spec.key_width >= spec.width:
+        return None
+    kind = "GQA or MQA: " if spec.kv_heads < spec.heads else ""
+    return (
+        f"{kind}{cached} of width E = {spec.key_width} do not determine {missing} of inputs of width "
+        f"D = {spec.width}; use kv or x"
+    )

@@ -61,7 +61,7 @@ def convert(projections: Projections, spec: DecodeSpec, *, layer: str = "layer")
         basis(spec)
     except NotImplementedError as refusal:
         raise NotImplementedError(f"{layer}: {refusal}") from None
-    folded = fold_value_bias(projections)
+    folded = fold_value_bias(projections, spec.accumulation)
     fields: dict[str, jax.Array | None] = {}
     figures = Figures()
     name = spec.scheme.basis

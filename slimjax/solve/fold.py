@@ -2,23 +2,28 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from slimjax.attention.projections import Projections
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.numerics import einsum
 
 
-def fold_value_bias(projections: Projections) -> Projections:
-    """Move the value bias into the output bias: weights sum to 1, so P (V + b_V) W_O = P V W_O + b_V W_O."""
+def fold_value_bias(projections: Projections, dtype: jax.typing.DTypeLike) -> Projections:
+    """Move the value bias into the output bias: weights sum to 1, so P (V + b_V) W_O = P V W_O + b_V W_O.
+
+    Summed in float64 on the host and kept in ``dtype``, an accumulation dtype: in the weights' own dtype
+    the folded bias would be rounded where the two apart were not.
+    """
     if projections.bv is None:
         return projections
     heads, kv_heads = projections.wo.shape[0], projections.bv.shape[0]
-    bias = jnp.repeat(projections.bv, heads // kv_heads, axis=0)
-    folded = einsum("nh,nhd->d", bias, projections.wo).astype(projections.wo.dtype)
+    bias, wo = (np.asarray(array).astype(np.float64) for array in (projections.bv, projections.wo))
+    folded = np.einsum("nh,nhd->d", np.repeat(bias, heads // kv_heads, axis=0), wo)
     if projections.bo is not None:
-        folded = folded + projections.bo
-    return dataclasses.replace(projections, bv=None, bo=folded)
+        folded = folded + np.asarray(projections.bo).astype(np.float64)
+    return dataclasses.replace(projections, bv=None, bo=jnp.asarray(folded, dtype))
 
 
 def key_bias_matters(spec: DecodeSpec) -> bool:
