@@ -38,7 +38,7 @@ class Reference:
         model: the model.
         tokens: [B, T+1] the scored windows, then the prompts with their greedy continuation.
         scored, width: tokens[:scored, :width + 1] are the windows; the rest of those rows is padding.
-        prompt: tokens of each prompt.
+        prompt, generated: tokens of each prompt, and of its continuation.
         logits: [B, T, V], float32, no cache.
         inputs: for each layer [PROBED, T, D], what attention is given in the exact model.
         outputs: for each layer, attention's float64 answer to ``inputs``, [PROBED, T, D].
@@ -52,6 +52,7 @@ class Reference:
     scored: int
     width: int
     prompt: int
+    generated: int
     logits: Float[Array, "B T V"]
     inputs: tuple[Inputs, ...]
     outputs: tuple[np.ndarray, ...]
@@ -83,6 +84,7 @@ def prepare(model: DecoderLM, corpus: Corpus, config: EquivalenceConfig) -> Refe
         scored=scored,
         width=width,
         prompt=config.prompt_length,
+        generated=config.generated,
         logits=logits,
         inputs=inputs,
         outputs=tuple(output for output, _ in exact),
@@ -165,12 +167,13 @@ def _scores(reference: Reference, logits: Float[Array, "B T V"]) -> dict[str, fl
 def greedy_length(reference: Reference, logits: Float[Array, "B T V"]) -> float:
     """Tokens that greedy decoding would produce before it first leaves the exact model's text; mean over prompts.
 
-    Read off the teacher-forced logits: up to the first difference both have the same text behind them.
+    Read off the teacher-forced logits: up to the first difference both have the same text behind them. The
+    prompt, too, is read through the cache, where ``generate`` would attend to its exact keys and values.
     """
-    continued = reference.tokens[reference.scored :, reference.prompt :]
-    chosen = jnp.argmax(logits[reference.scored :, reference.prompt - 1 :], axis=-1).astype(jnp.int32)
-    generated = continued.shape[1]
-    return float(np.mean(np.asarray(greedy_agreement(chosen[:, :generated], continued))))
+    start, end = reference.prompt, reference.prompt + reference.generated
+    continued = reference.tokens[reference.scored :, start:end]
+    chosen = jnp.argmax(logits[reference.scored :, start - 1 : end - 1], axis=-1).astype(jnp.int32)
+    return float(np.mean(np.asarray(greedy_agreement(chosen, continued))))
 
 
 def cached_logits(

@@ -1,12 +1,14 @@
 """``MultiHeadAttention`` for Flax NNX models: flax's own layer, with cache schemes and position schemes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from slimjax.attention.layer import CachedAttention, attend_cached, attend_full, init_cache
@@ -16,6 +18,24 @@ from slimjax.cache import Cache
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import Scheme, parse_scheme
 from slimjax.solve import convert
+
+# What flax's own code would do and the pure functions do not.
+_CONSTRUCTOR_ONLY_FLAX = (
+    "normalize_qk", "dropout_rate", "attention_fn", "precision", "qkv_promote_dtype", "out_promote_dtype",
+    "qkv_dot_general", "out_dot_general", "qkv_dot_general_cls", "out_dot_general_cls",
+)  # fmt: skip
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    """Raise NotImplementedError for arguments that were given something."""
+    names = [
+        name for name, value in given.items() if value is not None and value is not False and value != 0.0
+    ]
+    if names:
+        raise NotImplementedError(
+            f"{', '.join(names)}: not offered with a scheme, position scheme or window; leave it out, or "
+            "use flax.nnx.MultiHeadAttention"
+        )
 
 
 class MultiHeadAttention(nnx.MultiHeadAttention):
@@ -30,9 +50,11 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         position: the position scheme. Its trained bias parameters, if any, are ``position_bias``.
         window: tokens a query sees, itself included.
 
-    With a scheme, call ``init_cache`` after the weights are loaded: it solves for W_KV from them. Decoding
-    takes one or more tokens a call. Not offered with a scheme or a position scheme: ``normalize_qk``,
-    dropout, and in decoding ``mask`` and inputs of keys or values other than of queries.
+    With a scheme, call ``init_cache`` after the weights are loaded, and again if they change: it solves for
+    W_KV from them. Decoding takes one or more tokens a call. With a scheme, position scheme or window inputs
+    are [B, T, D], and refused with NotImplementedError are: ``normalize_qk``, dropout, ``attention_fn``,
+    ``precision`` and other dot products than slimjax's own, ``sow_weights``, shardings, inputs of keys or
+    values other than of queries, and a ``mask`` in decoding.
     """
 
     def __init__(
@@ -56,8 +78,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         self.position = position
         self.window = window
         self.plain = scheme is None and window is None and position.kind in ("none", "learned")
-        if not self.plain and (self.normalize_qk or self.dropout_rate > 0):
-            raise NotImplementedError("normalize_qk and dropout cannot be combined with a scheme or position")
+        if not self.plain:
+            _refuse({name: kwargs.get(name) for name in _CONSTRUCTOR_ONLY_FLAX})
         if scheme is None and not self.plain:
             scheme = "kv:float32"  # flax's own cache knows neither rotation nor window
         self.scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
@@ -85,7 +107,7 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             position=None if trained is None else {name: array[...] for name, array in trained.items()},
         )
 
-    def decode_spec(self, scheme: str | Scheme = "kv:float32", dtype: str | None = None) -> DecodeSpec:
+    def decode_spec(self, scheme: str | Scheme = "kv:float32", dtype: DTypeLike | None = None) -> DecodeSpec:
         """The static description of this layer under ``scheme``; dtype: None for the layer's own."""
         return DecodeSpec(
             scheme=parse_scheme(scheme) if isinstance(scheme, str) else scheme,
@@ -95,13 +117,14 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
             width=self.in_features,
             position=self.position,
             window=self.window,
-            dtype=dtype or jnp.dtype(self.dtype or self.param_dtype).name,
+            dtype=jnp.dtype(dtype or self.dtype or self.param_dtype).name,
         )
 
     @property
     def cache(self) -> Cache | None:
         """The scheme's cache as it stands; None before ``init_cache`` or without a scheme."""
-        return None if self.rows is None else self.rows.get_value()
+        rows = getattr(self, "rows", None)  # absent once a caller has popped the module's nnx.Cache state
+        return None if rows is None else rows.get_value()
 
     def init_cache(self, input_shape: Sequence[int], dtype: Any = jnp.float32) -> None:
         """Make an empty cache for ``input_shape`` [B, capacity, D]; with a scheme, ``dtype`` is the codec's.
@@ -117,33 +140,74 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
         if isinstance(weights.wk, Tracer):
             raise ValueError("init_cache with a scheme solves for W_KV on the host: call it outside jit")
         layer = convert(weights, self.decode_spec(self.scheme), layer="attention").layer
-        self.converted = nnx.Cache(layer)
+        # Only what conversion adds: the projections are read from the module, not kept twice.
+        self.converted = nnx.Cache((layer.weights, layer.projections.bo))
         self.rows = nnx.Cache(init_cache(layer.spec, batch=input_shape[0], capacity=input_shape[1]))
 
-    def __call__(self, inputs_q: Array, inputs_k=None, inputs_v=None, *, mask=None, decode=None, **kwargs):
+    def __call__(
+        self,
+        inputs_q: Array,
+        inputs_k: Array | None = None,
+        inputs_v: Array | None = None,
+        *,
+        mask: Array | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        sow_weights: bool = False,
+        decode: bool | None = None,
+        is_causal: bool = False,
+        out_sharding: Any = None,
+        qkv_sharding: Any = None,
+    ) -> Array:
         """As flax's; with a scheme and ``decode=True`` through the scheme's cache."""
-        decoding = self.decode if decode is None else decode
         if self.plain:
-            return super().__call__(inputs_q, inputs_k, inputs_v, mask=mask, decode=decode, **kwargs)
+            passed = {"deterministic": deterministic, "rngs": rngs, "sow_weights": sow_weights}
+            sharding = {"out_sharding": out_sharding, "qkv_sharding": qkv_sharding}
+            return super().__call__(
+                inputs_q,
+                inputs_k,
+                inputs_v,
+                mask=mask,
+                decode=decode,
+                is_causal=is_causal,
+                **passed,
+                **sharding,
+            )
+        _refuse({"sow_weights": sow_weights, "out_sharding": out_sharding, "qkv_sharding": qkv_sharding})
         if any(other is not None and other is not inputs_q for other in (inputs_k, inputs_v)):
             raise NotImplementedError("a scheme or position scheme serves self-attention only")
+        if inputs_q.ndim != 3:
+            raise NotImplementedError(
+                f"a scheme or position scheme takes inputs [B, T, D], got {inputs_q.shape}"
+            )
+        decoding = self.decode if decode is None else decode
+        if decoding is None:
+            raise ValueError("say decode=True or False, to the constructor or to the call")
         if decoding:
             return self._decode(inputs_q, mask)
-        spec = self.decode_spec()
-        spec = dataclasses.replace(spec, causal=bool(kwargs.get("is_causal", False)))
+        spec = dataclasses.replace(self.decode_spec(dtype=self._compute_dtype(inputs_q)), causal=is_causal)
         # flax makes masks of any dtype; nonzero is visible.
-        return attend_full(
-            inputs_q, self.projections(), spec, mask=None if mask is None else mask.astype(bool)
-        )
+        visible = None if mask is None else mask.astype(bool)
+        return attend_full(inputs_q, self.projections(), spec, mask=visible)
+
+    def _compute_dtype(self, inputs: Array) -> DTypeLike:
+        """As flax has it: ``dtype``, or what inputs and parameters promote to."""
+        with jax.numpy_dtype_promotion("standard"):
+            return self.dtype or jnp.promote_types(inputs.dtype, self.param_dtype)
 
     def _decode(self, inputs: Array, mask: Array | None) -> Array:
         """One step through the scheme's cache, which is updated in place as NNX modules do."""
         if mask is not None:
             raise NotImplementedError("a scheme's cache is causal; a further mask cannot be given")
-        if self.rows is None or self.converted is None:
+        cache, converted = self.cache, getattr(self, "converted", None)
+        if cache is None or converted is None or self.scheme is None or self.rows is None:
             raise ValueError("the cache is not initialised: call init_cache first")
-        layer: CachedAttention = self.converted.get_value()
-        cache: Cache = self.rows.get_value()
+        weights, bias = converted.get_value()
+        layer = CachedAttention(
+            projections=dataclasses.replace(self.projections(), bv=None, bo=bias),
+            weights=weights,
+            spec=self.decode_spec(self.scheme, self._compute_dtype(inputs)),
+        )
         out, longer = attend_cached(inputs, layer, cache)
         self.rows.set_value(longer)
         return out

@@ -169,6 +169,26 @@ def test_greedy_agreement_is_that_of_decoding_step_by_step(reference, scheme):
     assert evaluate.measure(reference, scheme, "float32")["greedy_agreement"] == pytest.approx(expected)
 
 
+def test_greedy_agreement_ends_where_the_generated_text_ends():
+    """Scored windows longer than prompt and continuation pad the prompts' rows; padding is not agreement."""
+    config = dataclasses.replace(CONFIG, tokens=36, length=36)
+    long = evaluate.prepare(ill_conditioned(MODEL), corpus(), config)
+    assert long.tokens.shape[1] > config.prompt_length + config.generated
+    assert evaluate.greedy_length(long, long.logits) == config.generated
+
+
+def test_identity_of_a_model_with_biases():
+    model = ill_conditioned(dataclasses.replace(MODEL, bias=True))
+    for index, block in enumerate(model.blocks):
+        for part in ("query", "key", "value", "out"):
+            bias = getattr(block.attention, part).bias
+            bias[...] = 0.3 * jax.random.normal(jax.random.key(index), bias.shape)
+    biased = evaluate.prepare(model, corpus(), CONFIG)
+    for scheme in ("kv:bf16", "x1:bf16", "k:bf16"):
+        found = evaluate.identity(biased, scheme)
+        assert found["identity_error"] < 1e-14 * max(found.get("condition_number", 1.0), 1.0)
+
+
 def test_refusals_reach_the_caller(reference):
     for function in (evaluate.identity, lambda *given: evaluate.measure(*given, "float32")):
         with pytest.raises(NotImplementedError, match=r"layer 0.*x1"):

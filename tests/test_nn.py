@@ -1,6 +1,7 @@
 """The layer in other people's models: flax's in, slimjax's out, same weights, same outputs."""
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,8 +95,16 @@ def test_head_size_and_kv_heads():
 
 
 def test_what_is_not_offered_says_so():
-    with pytest.raises(NotImplementedError, match="normalize_qk"):
-        MultiHeadAttention(4, 24, normalize_qk=True, scheme="k:int16", rngs=nnx.Rngs(0))
+    for refused in (
+        {"normalize_qk": True},
+        {"dropout_rate": 0.1},
+        {"attention_fn": max},
+        {"precision": "high"},
+    ):
+        with pytest.raises(NotImplementedError, match=next(iter(refused))):
+            MultiHeadAttention(4, 24, **refused, scheme="k:int16", rngs=nnx.Rngs(0))
+        if "attention_fn" not in refused:
+            MultiHeadAttention(4, 24, **refused, rngs=nnx.Rngs(0))  # flax's own business without a scheme
     with pytest.raises(ValueError, match="unknown codec"):
         MultiHeadAttention(4, 24, scheme="k:int61", rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="either head_dim"):
@@ -104,6 +113,14 @@ def test_what_is_not_offered_says_so():
     with pytest.raises(ValueError, match="call init_cache first"):
         layer(jnp.ones((1, 1, 24)))
     layer.init_cache((1, 3, 24))
+    with pytest.raises(NotImplementedError, match="sow_weights"):
+        layer(jnp.ones((1, 1, 24)), sow_weights=True)
+    with pytest.raises(TypeError, match="is_casual"):
+        layer(jnp.ones((1, 1, 24)), is_casual=True)
+    with pytest.raises(NotImplementedError, match=r"\[B, T, D\]"):
+        layer(jnp.ones((1, 1, 1, 24)))
+    with pytest.raises(ValueError, match="say decode=True or False"):
+        MultiHeadAttention(4, 24, scheme="k:int16", rngs=nnx.Rngs(0))(jnp.ones((1, 1, 24)))
     with pytest.raises(NotImplementedError, match="further mask"):
         layer(jnp.ones((1, 1, 24)), mask=jnp.ones((1, 1, 1, 3), bool))
     with pytest.raises(NotImplementedError, match="self-attention"):
@@ -111,3 +128,40 @@ def test_what_is_not_offered_says_so():
     gqa = MultiHeadAttention(4, 24, num_kv_heads=2, scheme="k:int16", decode=True, rngs=nnx.Rngs(0))
     with pytest.raises(NotImplementedError, match=r"attention: .*GQA.* use kv or x"):
         gqa.init_cache((1, 3, 24))
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_the_result_has_the_dtype_that_flax_gives_it(dtype, param_dtype):
+    options = {"dtype": dtype, "param_dtype": param_dtype, "decode": False, "rngs": nnx.Rngs(0)}
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 24)), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):  # flax promotes its arguments
+        expected = nnx.MultiHeadAttention(4, 24, **options)(x)
+    ours = MultiHeadAttention(4, 24, scheme="kv:float32", **options | {"rngs": nnx.Rngs(0)})
+    full = ours(x)
+    ours.init_cache((1, 5, 24))
+    cached = ours(x[:, :1], decode=True)
+    assert full.dtype == cached.dtype == expected.dtype
+    assert relative_l2(full, expected) < 2 * float(jnp.finfo(expected.dtype).eps)
+
+
+def test_a_cache_that_was_popped_is_not_initialised():
+    layer = MultiHeadAttention(4, 24, scheme="k:int16", decode=True, rngs=nnx.Rngs(0))
+    layer.init_cache((1, 3, 24))
+    assert layer.cache.capacity == 3
+    nnx.pop(layer, nnx.Cache)
+    assert layer.cache is None
+    with pytest.raises(ValueError, match="call init_cache first"):
+        layer(jnp.ones((1, 1, 24)))
+
+
+def test_the_cache_travels_with_the_modules_state():
+    layer = MultiHeadAttention(4, 24, scheme="k:int16", decode=True, rngs=nnx.Rngs(0))
+    layer.init_cache((1, 3, 24))
+    x = jnp.ones((1, 1, 24))
+    step = nnx.jit(lambda module, x: module(x))
+    first = step(layer, x)
+    graph, state = nnx.split(layer)
+    again = nnx.merge(graph, state)
+    np.testing.assert_array_equal(again.cache.length, [1])
+    np.testing.assert_allclose(step(again, x), first, atol=1e-5)  # two equal tokens weigh to the same value
