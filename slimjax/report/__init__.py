@@ -1,6 +1,8 @@
 """Reports: pure functions of Records. `write_report` rebuilds every file of a report without measuring anything.
 
-`tables` makes and writes tables, `plots` draws, `findings` puts the numbers into sentences, `html` joins them.
+`samples` joins records (seeds, runs), `tables` are tables and their written forms, filled by `equivalence` (are
+these caches exact?), `generic` (any other experiment) and `compare` (two runs); `plots` and `front` draw,
+`findings` puts the numbers into sentences, `html` makes one page of all, `runs` reads runs from the disk.
 """
 
 import json
@@ -8,36 +10,109 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from slimjax.records import Record
-from slimjax.report import plots, tables
-from slimjax.report.findings import findings
+from slimjax.report import compare, front, generic, plots, samples, tables
+from slimjax.report.equivalence import equivalence_table, models_table
+from slimjax.report.findings import findings as _findings
 from slimjax.report.html import Part, html
+from slimjax.report.runs import Run, all_records, joined, load
+
+__all__ = [
+    "facts",
+    "findings",
+    "joined",
+    "load",
+    "report_tables",
+    "title_of",
+    "write_comparison",
+    "write_joined",
+    "write_report",
+]
+
+EQUIVALENCE = "Which attention caches are exact?"
+TITLES = {
+    "quickstart": EQUIVALENCE,
+    "equivalence": EQUIVALENCE,
+    "train": "Training",
+    "ablate": "Ablation",
+    "decode_bench": "How long does a decoded token take?",
+    "train_bench": "How long does a training step take?",
+}
+MOST = 8  # models with a table each; beyond, one table of all cells is easier to read
+
+
+def title_of(records: Sequence[Record]) -> str:
+    """What a report of these records is called unless somebody says otherwise."""
+    names = [name for name in generic.experiments(records) if name]
+    return " · ".join(dict.fromkeys(TITLES.get(name, name.replace("_", " ")) for name in names)) or "Report"
+
+
+def findings(records: Sequence[Record]) -> list[str]:
+    """Plain sentences, experiment by experiment."""
+    return [
+        sentence
+        for here in generic.experiments(records).values()
+        for sentence in _findings(samples.qualified(here))
+    ]
 
 
 def report_tables(records: Sequence[Record]) -> dict[str, tables.Table]:
-    """Every table of a report by file name: one per model, then the models side by side."""
-    made = {
-        f"schemes_{model}": tables.equivalence_table(records, model)
-        for model in tables.distinct(records, "model")
-    }
-    return {**made, "models": tables.models_table(records)}
+    """Every table of a report by file name, which is letters, digits, `_` and `-`.
+
+    Records of schemes on models: `schemes_MODEL` for each model, then `models`, side by side. Any other
+    experiment: `cells`. Where there are several experiments their names follow: `cells_train`.
+    """
+    groups = generic.experiments(records)
+    made: dict[str, tables.Table] = {}
+    for experiment, found in groups.items():
+        suffix = f"_{experiment}" if len(groups) > 1 else ""
+        here = samples.qualified(found) if generic.is_equivalence(found) else found
+        models = samples.distinct(here, "model")
+        if generic.is_equivalence(found) and len(models) <= MOST:
+            named = {_slug(f"schemes_{model}{suffix}"): equivalence_table(here, model) for model in models}
+            if len(named) < len(models):  # names that differ in signs alone
+                named = {f"schemes_{i}{suffix}": equivalence_table(here, m) for i, m in enumerate(models)}
+            made |= named | {_slug(f"models{suffix}"): models_table(here)}
+        else:
+            title = "Cells" + (f" of {experiment.replace('_', ' ')}" if experiment else "")
+            made[_slug(f"cells{suffix}")] = generic.cells_table(found, title)
+    return made or {"models": models_table([])}
+
+
+def _slug(text: str) -> str:
+    return "".join(sign if sign.isalnum() or sign in "_-" else "-" for sign in text.replace(", ", "_"))
 
 
 def facts(records: Sequence[Record]) -> str:
-    """One line: where and when, from the records' provenance."""
-    sources = [record.provenance for record in records if record.provenance]
+    """One line: where and when, from the records' provenance; several values are told apart by a slash."""
+    done = [record for record in records if samples.measured(record)]
+    counted = (
+        f"{len(done)} record{'s' * (len(done) != 1)}"
+        if len(done) == len(records)
+        else f"{len(done)} of {len(records)} cells"
+    )
+    sources = [record.provenance for record in done if record.provenance]
     if not sources:
-        return f"{len(records)} records"
-    first, last = sources[0], sources[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in first.get("versions", {}).items())
-    commit = (first.get("git") or "")[:10] + (" with local changes" if first.get("dirty") else "")
+        return counted
+
+    def each(text: Any) -> str:
+        return " / ".join(dict.fromkeys(filter(None, map(text, sources))))
+
+    def commit(source: Mapping[str, Any]) -> str:
+        return (source.get("git") or "")[:10] + (" with local changes" if source.get("dirty") else "")
+
+    names = dict.fromkeys(name for source in sources for name in source.get("versions", {}))
+    versions = [f"{name} {each(lambda source, n=name: source.get('versions', {}).get(n))}" for name in names]
+    commits = each(commit)
     parts = [
-        f"{len(records)} records",
-        f"run {first.get('config')}",
-        f"{first.get('device')}, {first.get('cpus')} CPUs",
-        versions,
-        f"commit {commit}" if commit else "",
-        str(last.get("date", "")),
+        counted,
+        f"run {ran}" if (ran := each(lambda source: source.get("config"))) else "",
+        each(lambda source: f"{source.get('device')}, {source.get('cpus')} CPUs"),
+        ", ".join(versions),
+        f"commit {commits}" if commits else "",
+        max(str(source.get("date", "")) for source in sources),
     ]
     return " · ".join(part for part in parts if part)
 
@@ -49,38 +124,119 @@ def write_report(
     title: str,
     config: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]] = (),
+    planned: Sequence[Mapping[str, Any]] = (),
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Write report.html, tables/ (md, csv, tex) and plots/ (png, svg) into `folder`; returns report.html's path.
 
-    config: the resolved JSON of the run; metrics: the lines of metrics.jsonl. Works on the records of a
-    half-finished run: what is missing is shown as missing.
+    config: the resolved JSON of the run; metrics: the lines of metrics.jsonl; planned: all cells of the run, where
+    known; remarks: sentences to follow the findings. Works on the records of a half-finished run: what is missing
+    is shown as missing.
     """
-    made = report_tables(records)
+    everything = samples.with_planned(records, planned) if planned else list(records)
+    made = report_tables(everything)
+    drawn = _draw(folder, _figures(everything, metrics))
+    sentences = findings(everything)
+    page = html(
+        title=title,
+        facts=facts(everything),
+        findings=[*sentences, *remarks],
+        parts=_in_order(list(made.values()), drawn),
+        config=json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) if config else "",
+        records=records,
+    )
+    return _write(folder, made, page)
+
+
+def write_joined(folder: Path, runs: Sequence[Run], *, title: str = "") -> Path:
+    """`write_report` of runs read from the disk, several joined into one.
+
+    Raises ValueError for equal cells of the same seed. Runs that are joined should differ in the seed alone where
+    they share cells: what else differs is said below the findings.
+    """
+    whole = joined(runs)
+    return write_report(
+        folder,
+        whole.records,
+        title=title or title_of(whole.records),
+        config=whole.config,
+        metrics=whole.metrics,
+        planned=whole.planned,
+        remarks=[sentence for run in runs[1:] for sentence in _apart(runs[0], run)],
+    )
+
+
+def _apart(first: Run, other: Run) -> list[str]:
+    """A warning that two joined runs differ in more than their seeds."""
+    parts = [
+        f"{what} ({left} / {right})"
+        for what, left, right in compare.differences(first, other)
+        if what not in ("seeds", "run id") and what.rsplit(".", maxsplit=1)[-1] != "seed"
+    ]
+    return (
+        [f"{first.name} and {other.name} differ in more than the seed: {'; '.join(parts)}."] if parts else []
+    )
+
+
+def write_comparison(folder: Path, a: Run, b: Run, *, title: str = "") -> Path:
+    """Two runs side by side: report.html and tables/ in `folder`; returns report.html's path."""
+    made = compare.comparison_tables(a, b)
+    page = html(
+        title=title or f"{title_of(a.records)} A and B",
+        facts=f"A: {a.name}, {facts(all_records(a))} · B: {b.name}, {facts(all_records(b))}",
+        findings=compare.comparison_findings(a, b),
+        parts=list(made.values()),
+        config=json.dumps({"A": a.config, "B": b.config}, indent=2, ensure_ascii=False, sort_keys=True),
+        records=[*a.records, *b.records],
+    )
+    return _write(folder, made, page)
+
+
+def _figures(
+    records: Sequence[Record], metrics: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[str, Figure]]:
+    """Every plot that has something to show, with its caption."""
+    asked = [here for here in generic.experiments(records).values() if generic.is_equivalence(here)]
+    here = samples.qualified([record for group in asked for record in group])
+    found: dict[str, tuple[str, Figure]] = {}
+    if any("attention_error" in record.metrics for record in here):
+        found["error"] = ("Attention error against cache size.", plots.equivalence_plot(here))
+    if best := front.pareto_plot(here):
+        found["pareto"] = (
+            "Pareto front: dim caches are beaten, by one as small and as close to exact attention or better.",
+            best,
+        )
+    if any("step" in line and ("loss" in line or "bits_per_byte" in line) for line in metrics):
+        found["loss"] = ("Training loss.", plots.loss_plot(metrics))
+    return found
+
+
+def _draw(folder: Path, figures: Mapping[str, tuple[str, Figure]]) -> dict[str, Part]:
+    """Save every plot into plots/; the page's share of each."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    drawn: dict[str, Part] = {}
+    for name, (caption, figure) in figures.items():
+        plots.save(figure, folder / "plots" / name)
+        drawn[name] = (caption, plots.inline_svg(figure, name))
+    return drawn
+
+
+def _write(folder: Path, made: Mapping[str, tables.Table], page: str) -> Path:
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     for name, table in made.items():
         for suffix, form in (("md", tables.markdown), ("csv", tables.csv), ("tex", tables.latex)):
             (folder / "tables" / f"{name}.{suffix}").write_text(form(table), encoding="utf-8")
-    (folder / "plots").mkdir(exist_ok=True)
-    drawn = {}
-    for name, figure in (("error", plots.equivalence_plot(records)), ("loss", plots.loss_plot(metrics))):
-        plots.save(figure, folder / "plots" / name)
-        drawn[name] = plots.inline_svg(figure, name)
-    page = html(
-        title=title,
-        facts=facts(records),
-        findings=findings(records),
-        parts=_in_order(list(made.values()), drawn),
-        config=json.dumps(config, indent=2, ensure_ascii=False),
-        records=records,
-    )
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def _in_order(made: Sequence[tables.Table], drawn: Mapping[str, str]) -> list[Part]:
-    """The main model's table, its plot, the models side by side, then the other models."""
-    *schemes, models = made
-    error: Part = ("Attention error against cache size.", drawn["error"])
-    loss: Part = ("Training loss.", drawn["loss"])
-    return [*schemes[:1], error, models, *schemes[1:], loss] if models.rows else [loss]
+def _in_order(made: Sequence[tables.Table], drawn: Mapping[str, Part]) -> list[Part]:
+    """The main model's table, its plots, the models side by side, then the other models."""
+    about = [drawn[name] for name in ("error", "pareto") if name in drawn]
+    loss = [drawn["loss"]] if "loss" in drawn else []
+    shown = [table for table in made if table.rows]
+    if not shown:
+        return loss
+    *schemes, last = shown
+    return [*schemes[:1], *about, last, *schemes[1:], *loss]

@@ -1,25 +1,22 @@
 """Plain sentences about what the records show; generated, so that prose cannot drift from the numbers."""
 
+import math
 from collections.abc import Sequence
 
 from slimjax.records import Record
-from slimjax.report.tables import (
-    change,
-    compute_dtypes,
-    distinct,
-    exact_bits,
-    large,
-    metric,
-    scientific,
-    select,
-    trouble,
-)
+from slimjax.report.equivalence import compute_dtypes, exact_bits
+from slimjax.report.generic import spans
+from slimjax.report.samples import distinct, measured, metric, seeds, select, trouble
+from slimjax.report.tables import change, large, scientific
 
 KEPT = 1e-3  # bits per byte; a change up to this size counts as none
 
 
 def findings(records: Sequence[Record]) -> list[str]:
-    """One sentence per finding: the main model's, then what conditioning does; empty while nothing is measured."""
+    """One sentence per finding: the main model's, then what conditioning does; empty while nothing is measured.
+
+    Records that ask another question than whether caches are exact give a sentence per metric, its range.
+    """
     models, schemes = distinct(records, "model"), distinct(records, "scheme")
     main = select(records, model=models[0]) if models else []
     sentences = [
@@ -30,9 +27,23 @@ def findings(records: Sequence[Record]) -> list[str]:
         _floor(main),
         *(_kept(select(records, model=model), model) for model in models[1:]),
         *(_conditioning(records, scheme) for scheme in schemes),
-        *(_unmeasured(records, status) for status in ("refused", "failed")),
     ]
-    return [sentence for sentence in sentences if sentence]
+    found = [sentence for sentence in sentences if sentence] or spans(records)
+    found += [_seeds(records)] if found else []
+    found += [_unmeasured(records, status) for status in ("refused", "failed")]
+    found += [_waiting(records)] if any(map(measured, records)) else []
+    return [sentence for sentence in found if sentence]
+
+
+def _seeds(records: Sequence[Record]) -> str:
+    several = [seed for seed in seeds(filter(measured, records)) if seed is not None]
+    return f"Numbers are means over the seeds {_names(list(map(str, several)))}." if len(several) > 1 else ""
+
+
+def _waiting(records: Sequence[Record]) -> str:
+    """How far a half-finished run is."""
+    done = sum(map(measured, records))
+    return f"The run is not finished: {done} of {len(records)} cells are done." if done < len(records) else ""
 
 
 def _change(records: Sequence[Record], scheme: str) -> float | None:
@@ -49,8 +60,17 @@ def _identity(records: Sequence[Record]) -> str:
         return ""
     return (
         f"In float64, from a cache stored exactly, every scheme measured equals exact attention to "
-        f"{scientific(max(errors), 0)} or better (relative L2): the algebra holds, all that follows is precision."
+        f"{_at_most(max(errors))} or better (relative L2): the algebra holds, all that follows is precision."
     )
+
+
+def _at_most(value: float) -> str:
+    """A bound of one digit: rounded up, because a bound rounded down is not one."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(value))
+    digit = math.ceil(value / 10.0**exponent)
+    return f"{digit}e{exponent}" if digit < 10 else f"1e{exponent + 1}"
 
 
 def _kept(records: Sequence[Record], model: str) -> str:
@@ -62,7 +82,7 @@ def _kept(records: Sequence[Record], model: str) -> str:
     share = f"all {len(kept)}" if len(kept) == len(measured) else f"{len(kept)} of {len(measured)}"
     which = f": {_names(kept)}" if 0 < len(kept) < len(measured) else ""
     return (
-        f"Model {model} needs {bits:.3f} bits per byte on held-out text with exact attention; "
+        f"Model {model} needs {bits.mean:.3f} bits per byte on held-out text with exact attention; "
         f"{share} caches stay within {KEPT} of that{which}."
     )
 
@@ -125,4 +145,6 @@ def _unmeasured(records: Sequence[Record], status: str) -> str:
     parts = [
         f"{scheme} ({trouble(select(missing, scheme=scheme))})" for scheme in distinct(missing, "scheme")
     ]
+    other = [record for record in missing if record.cell.get("scheme") is None]
+    parts += [f"{len(other)} cells ({trouble(other)})"] if other else []
     return f"Not measured: {_names(parts)}."

@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 from slimjax.records import Record
+from slimjax.report.samples import Spread
 from slimjax.report.tables import Table
 
 CSS = """
@@ -35,7 +36,7 @@ details{border-top:1px solid var(--line);padding:.6rem 0}summary{cursor:pointer;
 pre{overflow-x:auto;font-size:.8rem;line-height:1.4;background:var(--row);padding:.8rem;border-radius:4px}
 @media print{:root{--ground:#fff;--ink:#000;--soft:#444;--line:#bbb;--row:#fff}
  body{max-width:none;padding:0;font-size:10pt}table{font-size:7pt}th,td{padding:.2rem .25rem}
- .screen{display:none}.scroll{overflow:visible}figure,tr{break-inside:avoid}pre{white-space:pre-wrap}}
+ td{white-space:normal}h2{break-after:avoid}.screen{display:none}.scroll{overflow:visible}figure,tr{break-inside:avoid}pre{white-space:pre-wrap}}
 """
 
 SORT = """
@@ -65,7 +66,10 @@ def html(
 ) -> str:
     """The page. facts: one line below the title; parts: tables and plots, (caption, <svg> element); config: JSON."""
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings)
-    provenance = [json.dumps({"cell": dict(record.cell), **record.provenance}) for record in records]
+    provenance = [
+        json.dumps({"cell": dict(record.cell), "status": record.status, **record.provenance})
+        for record in records
+    ]
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -75,7 +79,7 @@ def html(
             f"<h2>Findings</h2><ul>{sentences or '<li>Nothing is measured yet.</li>'}</ul>",
             *(_table(part) if isinstance(part, Table) else _figure(*part) for part in parts),
             "<h2>Where this comes from</h2>",
-            _details("Configuration", config),
+            *([_details("Configuration", config)] if config else []),
             _details("Provenance of each record", "\n".join(provenance)),
             f"<script>{SORT}</script></body></html>\n",
         ]
@@ -88,21 +92,25 @@ def _table(table: Table) -> str:
         f'<th class="{form}" scope="col"><button type="button">{escape(column.title)}</button></th>'
         for form, column in zip(forms, table.columns, strict=True)
     )
-    rows = []
+    rows, below = [], []
     for index, (row, texts) in enumerate(zip(table.rows, table.written(), strict=True)):
         cells = [_cell(*cell) for cell in zip(row, texts, forms, strict=True)]
-        if remark := table.remark(index):
-            cells[1:] = [f'<td class="remark" colspan="{len(row) - 1}">{escape(remark)}</td>']
+        remark, room = table.remark(index), len(row) - table.labels
+        if remark and table.empty(index):
+            cells[table.labels :] = [f'<td class="remark" colspan="{room}">{escape(remark)}</td>']
+        elif remark:  # beside numbers there is no room for it
+            below.append(f'<p class="note">{escape(table.name(index))}: {escape(remark)}</p>')
         rows.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<h2>{escape(table.title)}</h2><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>{''.join(below)}"
         f'<p class="note">{escape(table.note)} <span class="screen">Click a title to sort.</span></p>'
     )
 
 
 def _cell(value: Any, text: str, form: str) -> str:
-    raw = "" if value is None else escape(str(value))
+    number = value.mean if isinstance(value, Spread) else value
+    raw = "" if number is None else escape(str(number))
     return f'<td class="{form}{" none" if value is None else ""}" data-value="{raw}">{escape(text)}</td>'
 
 

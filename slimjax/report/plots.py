@@ -22,7 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from slimjax.records import Record
-from slimjax.report.tables import compute_dtypes, distinct, select
+from slimjax.report.equivalence import compute_dtypes
+from slimjax.report.samples import distinct, sample, select
 
 INK = "#1a1b1e"  # no series has this colour: `inline_svg` replaces it
 PALETTE = ("#2f7ed8", "#e0632b", "#2a9d68", "#a65fd0", "#b8860b", "#c93c63", "#5b6b7b")
@@ -39,15 +40,12 @@ def equivalence_plot(records: Sequence[Record]) -> Figure:
     panels = figure.subplots(1, max(len(dtypes), 1), sharey=True, squeeze=False)[0]
     labels = {}
     for axes, dtype in zip(panels, dtypes, strict=False):
-        _frame(axes, f"{dtype} compute", "cache (bytes per token, all layers)")
+        bytes_axis(axes, f"{dtype} compute")
         axes.set_yscale("log")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(_thousands)
-        axes.margins(x=0.22, y=0.12)
         labels[axes] = _scatter(axes, select(records, dtype=dtype), models, bases)
     panels[0].set_ylabel("attention error, worst layer (relative L2)", color=INK)
-    _legend(figure, bases, models)
-    _spread(figure, labels)
+    legend(figure, bases, models)
+    spread_labels(figure, labels)
     return figure
 
 
@@ -58,7 +56,7 @@ def _scatter(
     labels = []
     for model, basis in itertools.product(models, bases):
         points = _points(select(records, model=model, basis=basis))
-        colour, first = _colour(bases, basis), model == models[0]
+        colour, first = basis_colour(bases, basis), model == models[0]
         axes.plot(
             [x for x, _, _ in points],
             [y for _, y, _ in points],
@@ -69,26 +67,41 @@ def _scatter(
             markeredgecolor=colour,
             zorder=3 if first else 2,
         )
-        labels += [_label(axes, x, y, text, colour) for x, y, text in points if first]
+        labels += [label(axes, x, y, text, colour) for x, y, text in points if first]
     return labels
 
 
 def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss in bits per byte against step, a curve per model (lines with `model`, `step`, `loss`)."""
+    """Training loss against step, a curve per model and run, in bits per byte or else nats per token.
+
+    Of a step that was repeated after an interruption the last line counts; a resume is a dotted line.
+    """
     figure = Figure(figsize=(7.2, 3.8), layout="constrained")
     axes = figure.subplots()
+    unit = "bits_per_byte" if any("bits_per_byte" in line for line in metrics) else "loss"
     curves: dict[str, dict[int, float]] = {}
+    resumed = []
     for line in metrics:
-        if "bits_per_byte" in line and "step" in line:
-            curves.setdefault(line["model"], {})[line["step"]] = line["bits_per_byte"]
-    for index, (model, curve) in enumerate(curves.items()):
-        axes.plot(
-            list(curve), list(curve.values()), color=PALETTE[index % len(PALETTE)], linewidth=1.8, label=model
-        )
-    _frame(axes, "", "training step")
-    axes.set_ylabel("training loss (bits per byte)", color=INK)
-    if curves:
+        name = " · ".join(str(line[key]) for key in ("model", "run") if line.get(key))
+        if line.get("event") == "resume":
+            resumed.append(line["step"])
+        elif unit in line and "step" in line:
+            curves.setdefault(name, {})[line["step"]] = line[unit]
+    for index, (name, curve) in enumerate(curves.items()):
+        steps, colour = sorted(curve), PALETTE[index % len(PALETTE)]
+        style = ("-", "--", ":")[index // len(PALETTE) % 3]
+        mark = "o" if len(steps) == 1 else ""  # a curve of one point would not show
+        axes.plot(steps, [curve[s] for s in steps], style + mark, color=colour, linewidth=1.8, label=name)
+    for step in dict.fromkeys(resumed):
+        axes.axvline(step, color="#808080", linewidth=1, linestyle=":")
+    _frame(axes, "", "training step" + (" (dotted: resumed)" if resumed else ""))
+    axes.set_ylabel(
+        "training loss (bits per byte)" if unit == "bits_per_byte" else "training loss (nats per token)",
+        color=INK,
+    )
+    if any(curves):
         axes.legend(frameon=False, labelcolor=INK)
+    _settle(figure)
     return figure
 
 
@@ -115,16 +128,19 @@ def _svg(figure: Figure, ground: str) -> str:
 
 
 def _points(records: Sequence[Record]) -> list[tuple[float, float, str]]:
-    """Bytes, error and scheme of the records that have both numbers; a log axis has no room for an error of 0."""
-    return [
-        (record.metrics["bytes_per_token"], record.metrics["attention_error"], str(record.cell["scheme"]))
-        for record in records
-        if record.metrics.get("attention_error", 0) > 0 and "bytes_per_token" in record.metrics
-    ]
+    """Bytes, error (means over seeds) and scheme where there are both; a log axis has no room for an error of 0."""
+    points = []
+    for scheme in distinct(records, "scheme"):
+        here = select(records, scheme=scheme)
+        size, error = sample(here, "bytes_per_token"), sample(here, "attention_error")
+        if size is not None and error is not None and error.mean > 0:
+            points.append((size.mean, error.mean, str(scheme)))
+    return points
 
 
-def _colour(bases: Sequence[str], basis: str) -> str:
-    return PALETTE[bases.index(basis) % len(PALETTE)]
+def basis_colour(bases: Sequence[str], basis: str) -> str:
+    """One colour per basis; grey where it is not told."""
+    return PALETTE[bases.index(basis) % len(PALETTE)] if basis in bases else "#808080"
 
 
 def _frame(axes: Axes, title: str, xlabel: str) -> None:
@@ -139,17 +155,27 @@ def _frame(axes: Axes, title: str, xlabel: str) -> None:
     axes.xaxis.set_major_formatter(_thousands)
 
 
+def bytes_axis(axes: Axes, title: str, *, last: bool = True) -> None:
+    """An axis of bytes per token in powers of 2; last: whether it is the lowest panel, which names it."""
+    _frame(axes, title, "cache (bytes per token, all layers)" if last else "")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(_thousands)
+    axes.margins(x=0.22, y=0.12)
+
+
 def _thousands(value: float, _: float) -> str:
     return f"{value:,.0f}"
 
 
-def _legend(figure: Figure, bases: Sequence[str], models: Sequence[str]) -> None:
+def legend(figure: Figure, bases: Sequence[str], models: Sequence[str]) -> None:
     """Colours of the bases and, where there are several, marks of the models; below the panels."""
 
     def mark(label: str, marker: str, edge: str, face: str) -> Line2D:
         return Line2D([], [], linestyle="none", label=label, marker=marker, mec=edge, mfc=face)
 
-    handles = [mark(f"basis {basis}", "o", _colour(bases, basis), _colour(bases, basis)) for basis in bases]
+    handles = [
+        mark(f"basis {basis}", "o", basis_colour(bases, basis), basis_colour(bases, basis)) for basis in bases
+    ]
     if len(models) > 1:
         marks = itertools.cycle(MARKERS)
         handles += [
@@ -162,7 +188,8 @@ def _legend(figure: Figure, bases: Sequence[str], models: Sequence[str]) -> None
         )
 
 
-def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> Annotation:
+def label(axes: Axes, x: float, y: float, text: str, colour: str) -> Annotation:
+    """A label on top of its mark, for `spread_labels` to move."""
     leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
     return axes.annotate(
         text,
@@ -177,21 +204,42 @@ def _label(axes: Axes, x: float, y: float, text: str, colour: str) -> Annotation
     )
 
 
-def _spread(figure: Figure, labels: Mapping[Axes, Sequence[Annotation]]) -> None:
+def spread_labels(figure: Figure, labels: Mapping[Axes, Sequence[Annotation]]) -> None:
     """Move each label to the nearest place where it covers no mark and no other label."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # lays the panels out: places are only known after it
+    canvas = _settle(figure)
     renderer = canvas.get_renderer()
     for axes, texts in labels.items():
         frame = axes.get_window_extent(renderer)
-        marks = [axes.transData.transform(np.asarray(line.get_xydata())) for line in axes.lines]
-        taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in np.concatenate(marks)]
-        for label in texts:
-            size = Text.get_window_extent(label, renderer)  # of an Annotation it would include the leader
-            anchor = axes.transData.transform(np.asarray(label.xy))
+        marks = [_pixels(line) for line in axes.lines]
+        taken = [
+            Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in np.concatenate([np.empty((0, 2)), *marks])
+        ]
+        for text in texts:
+            size = Text.get_window_extent(text, renderer)  # of an Annotation it would include the leader
+            anchor = axes.transData.transform(np.asarray(text.xy))
             box, offset = _free_place(anchor, size.width + 4, size.height + 2, taken, frame)
-            label.set_position((offset[0] * 72 / figure.dpi, offset[1] * 72 / figure.dpi))
+            text.set_position((offset[0] * 72 / figure.dpi, offset[1] * 72 / figure.dpi))
             taken.append(box)
+
+
+def _settle(figure: Figure) -> FigureCanvasAgg:
+    """Lay the panels out, once for all: places are only known after it, and each saving would do it again."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    figure.set_layout_engine("none")
+    return canvas
+
+
+def _pixels(line: Line2D) -> np.ndarray:
+    """Where a line is on the canvas [points, 2]: its marks, or if it is drawn, places 6 pixels apart along it."""
+    assert line.axes is not None
+    corners = line.axes.transData.transform(np.asarray(line.get_xydata()))
+    if line.get_linestyle() in ("None", "none", "") or len(corners) < 2:
+        return corners
+    pieces = [
+        np.linspace(a, b, max(2, int(np.hypot(*(b - a)) // 6) + 1)) for a, b in itertools.pairwise(corners)
+    ]
+    return np.concatenate(pieces)
 
 
 def _free_place(

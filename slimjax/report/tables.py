@@ -1,20 +1,18 @@
-"""Tables as pure functions of Records, and their three forms: Markdown, CSV, LaTeX (booktabs).
-
-A table keeps the numbers; only the forms round. Rows and columns come in a stable order: that in which
-models, schemes and dtypes first appear in the records.
-"""
+"""Tables and their three forms: Markdown, CSV, LaTeX (booktabs). A table keeps the numbers; only the forms round."""
 
 import csv as csv_module
 import io
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slimjax.records import Record
+from slimjax.report.samples import Spread
 
 MISSING = "–"
+UNMEASURED = "not measured yet"
 
-Value = str | float | int | None
+Value = str | float | int | Spread | None
 
 
 def scientific(value: float, digits: int = 1) -> str:
@@ -36,8 +34,21 @@ def change(value: float) -> str:
     return text if float(text) else "0.0000"
 
 
+def number(value: float) -> str:
+    """Any size, four digits at least."""
+    if value and not 1e-3 <= abs(value) < 1e9:
+        return scientific(value, 3)
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def difference(value: float) -> str:
+    """`number` with its sign."""
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
 FORMATS: dict[str, Callable[[Any], str]] = {
     "text": str,
+    "plain": str,
     "error": scientific,
     "large": large,
     "change": change,
@@ -46,6 +57,9 @@ FORMATS: dict[str, Callable[[Any], str]] = {
     "tokens": "{:.1f}".format,
     "count": "{:,.0f}".format,
     "ratio": "{:.2f}×".format,
+    "number": number,
+    "difference": difference,
+    "relative": lambda share: difference(100 * share),
 }
 
 
@@ -56,130 +70,73 @@ class Column:
     title: str
     form: str = "text"
 
-    def write(self, value: Value) -> str:
+    def write(self, value: Value, seeds: int = 1) -> str:
+        """seeds: how many its row has; a number of fewer says so."""
         if value is None:
             return MISSING
-        return value if isinstance(value, str) else FORMATS[self.form](value)
+        if isinstance(value, str):
+            return value
+        form = FORMATS[self.form]
+        if not isinstance(value, Spread):
+            return form(value)
+        spread = f" ± {form(value.deviation).lstrip('+')}" if value.deviation else ""
+        return f"{form(value.mean)}{spread}" + (f" (n = {value.n})" if value.n < seeds else "")
 
 
 @dataclass(frozen=True)
 class Table:
-    """remarks: per row, why it lacks numbers; empty where it does not."""
+    """remarks: per row, why it lacks numbers, empty where it does not; names: per row, what a remark calls it."""
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Value, ...], ...]
     remarks: tuple[str, ...] = ()
     note: str = ""
+    names: tuple[str, ...] = ()
+    labels: int = 1  # leading columns that say which row this is
+    seeds: tuple[int, ...] = ()  # per row, how many it has; a number of fewer says so
 
     def written(self) -> list[list[str]]:
         """The cells as text, rounded."""
         return [
-            [column.write(value) for column, value in zip(self.columns, row, strict=True)]
-            for row in self.rows
+            [column.write(value, seeds) for column, value in zip(self.columns, row, strict=True)]
+            for row, seeds in zip(self.rows, self.seeds or (1,) * len(self.rows), strict=True)
         ]
 
     def remark(self, row: int) -> str:
         return self.remarks[row] if self.remarks else ""
 
+    def name(self, row: int) -> str:
+        return self.names[row] if self.names else str(self.rows[row][0])
 
-def distinct(records: Sequence[Record], name: str) -> list[Any]:
-    """Values of one coordinate in the order in which they first appear."""
-    return list(dict.fromkeys(record.cell[name] for record in records if record.cell.get(name) is not None))
-
-
-def select(records: Sequence[Record], **cell: Any) -> list[Record]:
-    """The records at the given coordinates."""
-    return [
-        record for record in records if all(record.cell.get(name) == value for name, value in cell.items())
-    ]
+    def empty(self, row: int) -> bool:
+        """Whether the row has no number at all, so that a remark may take their place."""
+        return all(value is None for value in self.rows[row][self.labels :])
 
 
-def metric(records: Sequence[Record], name: str, **cell: Any) -> Any:
-    """The first value of a metric among the records at the given coordinates, or None."""
-    values = (record.metrics[name] for record in select(records, **cell) if name in record.metrics)
-    return next(values, None)
+SEEDS_NOTE = "± is the standard deviation over seeds (n - 1), left out where all are equal."
 
 
-def trouble(records: Sequence[Record]) -> str:
-    """Why these records lack numbers: each status with the last reason given for it."""
-    reasons: dict[str, str] = {}
-    for record in records:
-        if record.status != "ok":
-            reasons[record.status] = record.reason
-    return "; ".join(f"{status}: {reason}" for status, reason in reasons.items())
-
-
-def compute_dtypes(records: Sequence[Record]) -> list[str]:
-    """Dtypes with an attention error; float64 is left out, it proves the algebra rather than a precision."""
-    return [dtype for dtype in distinct(records, "dtype") if dtype != "float64"]
-
-
-def equivalence_table(records: Sequence[Record], model: str) -> Table:
-    """One row per scheme of `model`: is its cache the same attention, and at which cost."""
-    here = select(records, model=model)
-    n, generated, sequences = (metric(here, name) for name in ("count", "generated", "sequences"))
-    scored = "" if n is None else f" (n = {n:,})"
-    greedy = "" if generated is None else f" of {generated}, n = {sequences}"
-    columns: list[tuple[Column, str, dict[str, str]]] = [
-        (Column("float64 identity error", "error"), "identity_error", {}),
-        *(
-            (Column(f"attention error, {dtype}", "error"), "attention_error", {"dtype": dtype})
-            for dtype in compute_dtypes(here)
-        ),
-        (Column(f"bits per byte, change{scored}", "change"), "bits_per_byte_change", {}),
-        (Column(f"top-1 agreement, %{scored}", "percent"), "top1_agreement", {}),
-        (Column(f"greedy agreement (tokens{greedy})", "tokens"), "greedy_agreement", {}),
-        (Column("cache (bytes per token)", "count"), "bytes_per_token", {}),
-        (Column("bf16 KV / this cache", "ratio"), "compression", {}),
-        (Column("condition number", "large"), "condition_number", {}),
-    ]
-    rows, remarks = [], []
-    for scheme in distinct(here, "scheme"):
-        row = select(here, scheme=scheme)
-        rows.append((scheme, *(metric(row, name, **cell) for _, name, cell in columns)))
-        remarks.append(trouble(row))
-    note = "Errors: relative L2 of the attention output against exact attention, worst layer."
-    if scored:
-        note += f" Bits per byte and agreement: against the exact model, {compute_dtypes(here)[0]} compute."
-    titles = (Column("scheme"), *(column for column, _, _ in columns))
-    return Table(f"Schemes on model {model}", titles, tuple(rows), tuple(remarks), note)
-
-
-def models_table(records: Sequence[Record]) -> Table:
-    """One row per model: its quality, its conditioning, what each scheme that solves with W_K makes of it."""
-    solved = [
-        scheme for scheme in distinct(records, "scheme") if metric(records, "condition_number", scheme=scheme)
-    ]
-    columns = (
-        Column("model"),
-        Column("training steps", "count"),
-        Column("held-out bits per byte", "bits"),
-        Column("condition number, worst layer", "large"),
-        *(Column(f"bits per byte, change, {scheme}", "change") for scheme in solved),
+def with_seeds(table: Table, seeds: Sequence[int]) -> Table:
+    """The table with a column of how many seeds each row has, if any row has several; else single numbers."""
+    several = max(seeds, default=1) > 1
+    rows = tuple(
+        (*row[: table.labels], *([count] if several else []), *row[table.labels :])
+        if several
+        else tuple(value.mean if isinstance(value, Spread) else value for value in row)
+        for row, count in zip(table.rows, seeds, strict=True)
     )
-    rows = []
-    for model in distinct(records, "model"):
-        here = select(records, model=model)
-        rows.append(
-            (
-                model,
-                next((record.cell["steps"] for record in here if "steps" in record.cell), None),
-                exact_bits(here),
-                metric(here, "condition_number"),
-                *(metric(here, "bits_per_byte_change", scheme=scheme) for scheme in solved),
-            )
-        )
-    note = "The change is against the same model with exact attention."
-    return Table("Models", columns, tuple(rows), note=note)
-
-
-def exact_bits(records: Sequence[Record]) -> float | None:
-    """Held-out bits per byte of a model with exact attention, from any of its records."""
-    for record in records:
-        if {"bits_per_byte", "bits_per_byte_change"} <= record.metrics.keys():
-            return record.metrics["bits_per_byte"] - record.metrics["bits_per_byte_change"]
-    return None
+    column = (Column("seeds (n)", "count"),) if several else ()
+    return Table(
+        table.title,
+        (*table.columns[: table.labels], *column, *table.columns[table.labels :]),
+        rows,
+        table.remarks,
+        f"{table.note} {SEEDS_NOTE}".strip() if several else table.note,
+        table.names,
+        table.labels + several,
+        tuple(seeds) if several else (),
+    )
 
 
 def markdown(table: Table) -> str:
@@ -191,9 +148,7 @@ def markdown(table: Table) -> str:
     titles = [column.title for column in table.columns]
     ruler = "|" + "|".join("---" if column.form == "text" else "---:" for column in table.columns) + "|"
     lines = [line(titles), ruler, *(line(row) for row in table.written())]
-    remarks = [
-        f"* {row[0]}: {remark}" for row, remark in zip(table.rows, table.remarks, strict=False) if remark
-    ]
+    remarks = [f"* {table.name(row)}: {remark}" for row, remark in enumerate(table.remarks) if remark]
     return "\n".join(lines + ["", *map(plain_markdown, remarks)] * bool(remarks)) + "\n"
 
 
@@ -203,12 +158,26 @@ def plain_markdown(text: str) -> str:
 
 
 def csv(table: Table) -> str:
-    """Full precision; a missing value is an empty field; remarks are a last column."""
+    """Full precision; a missing value is an empty field; remarks are a last column.
+
+    A column with several seeds is three: mean, standard deviation, n.
+    """
+    spread = [any(isinstance(row[i], Spread) for row in table.rows) for i in range(len(table.columns))]
+
+    def fields(value: Value, wide: bool) -> list[Any]:
+        if isinstance(value, Spread):
+            return [value.mean, value.deviation if value.n > 1 else "", value.n]
+        return ["" if value is None else value, *([""] * (2 * wide))]
+
+    def heads(title: str, wide: bool) -> list[str]:
+        return [title, *((f"{title}: standard deviation", f"{title}: n") if wide else ())]
+
     text = io.StringIO()
     writer = csv_module.writer(text, lineterminator="\n")
-    writer.writerow([*(column.title for column in table.columns), "remark"])
+    titles = [column.title for column in table.columns]
+    writer.writerow([*itertools.chain(*map(heads, titles, spread)), "remark"])
     for index, row in enumerate(table.rows):
-        writer.writerow([*("" if value is None else value for value in row), table.remark(index)])
+        writer.writerow([*itertools.chain(*map(fields, row, spread)), table.remark(index)])
     return text.getvalue()
 
 
@@ -216,23 +185,32 @@ _LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
         "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-        "<": r"\textless{}", ">": r"\textgreater{}", MISSING: "--", "×": r"$\times$",
+        "<": r"\textless{}", ">": r"\textgreater{}", MISSING: "--", "×": r"$\times$", "±": r"$\pm$",
+        "−": "$-$",
     }
 )  # fmt: skip
 
 
 def latex(table: Table) -> str:
-    """A booktabs tabular, to be \\input inside a table environment; a remark fills its row."""
-    wide = rf"\multicolumn{{{len(table.columns) - 1}}}{{p{{0.7\linewidth}}}}"
+    """A booktabs tabular, to be \\input inside a table environment.
 
-    def line(cells: Sequence[str], remark: str = "") -> str:
-        texts = [cell.translate(_LATEX) for cell in cells]
-        if remark:
-            texts = [texts[0], f"{wide}{{{remark.translate(_LATEX)}}}"]
-        return " & ".join(texts) + r" \\"
+    A remark fills the row that has no numbers; it follows a row that has some.
+    """
+    wide = rf"\multicolumn{{{len(table.columns) - table.labels}}}{{p{{0.7\linewidth}}}}"
+
+    def line(cells: Sequence[str]) -> str:
+        return " & ".join(cell.translate(_LATEX) for cell in cells) + r" \\"
+
+    def lines(index: int, cells: Sequence[str]) -> list[str]:
+        remark = table.remark(index).translate(_LATEX)
+        if not remark:
+            return [line(cells)]
+        places = cells[: table.labels] if table.empty(index) else [""] * table.labels
+        alone = " & ".join([*(place.translate(_LATEX) for place in places), f"{wide}{{{remark}}}"]) + r" \\"
+        return [alone] if table.empty(index) else [line(cells), alone]
 
     shape = "".join("l" if column.form == "text" else "r" for column in table.columns)
     titles = line([column.title for column in table.columns])
-    rows = [line(row, table.remark(index)) for index, row in enumerate(table.written())]
+    rows = [text for index, row in enumerate(table.written()) for text in lines(index, row)]
     parts = [rf"\begin{{tabular}}{{{shape}}}", r"\toprule", titles, r"\midrule", *rows, r"\bottomrule"]
     return "\n".join([*parts, r"\end{tabular}"]) + "\n"

@@ -1,0 +1,186 @@
+"""A table of any experiment's records: a row per cell, the coordinates that vary, the metrics that were measured."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from slimjax.records import METRICS, Record
+from slimjax.report.samples import (
+    PARTS_OF_SCHEME,
+    by_cell,
+    distinct,
+    measured,
+    sample,
+    select,
+    trouble,
+    varying,
+)
+from slimjax.report.tables import UNMEASURED, Column, Table, Value, number, with_seeds
+
+# Titles with units, and how numbers are written; a metric that is not here has its own name and four digits.
+COLUMNS = {
+    "attention_error": Column("attention error (relative L2)", "error"),
+    "value_error": Column("value error (relative L2)", "error"),
+    "identity_error": Column("float64 identity error", "error"),
+    "predicted_error": Column("predicted attention error", "error"),
+    "condition_number": Column("condition number", "large"),
+    "logit_kl": Column("logit KL (nats)", "error"),
+    "bits_per_byte": Column("held-out bits per byte", "bits"),
+    "bits_per_byte_change": Column("bits per byte, change", "change"),
+    "accuracy": Column("accuracy, %", "percent"),
+    "count": Column("count (n)", "count"),
+    "p_value": Column("p", "number"),
+    "word_errors": Column("word errors, %", "percent"),
+    "top1_agreement": Column("top-1 agreement, %", "percent"),
+    "greedy_agreement": Column("greedy agreement (tokens)", "tokens"),
+    "generated": Column("generated (tokens)", "count"),
+    "bytes_per_token": Column("cache (bytes per token)", "count"),
+    "compression": Column("bf16 KV / this cache", "ratio"),
+    "parameters": Column("parameters", "count"),
+    "tokens_per_second": Column("tokens per second", "number"),
+    "time_to_first_token": Column("time to first token (ms)", "number"),
+    "milliseconds": Column("time of one call (ms)", "number"),
+    "gigabytes_per_second": Column("GB per second", "number"),
+    "share_of_copy_bandwidth": Column("share of copy bandwidth, %", "percent"),
+    "vmem_bytes": Column("on-chip memory (bytes)", "count"),
+}
+
+
+def column(name: str) -> Column:
+    """A metric's title and form."""
+    return COLUMNS.get(name, Column(name.replace("_", " "), "number"))
+
+
+def metric_names(records: Sequence[Record]) -> list[str]:
+    """The metrics among the records, in the registry's order."""
+    found = {name for record in records for name in record.metrics}
+    return [name for name in METRICS if name in found]
+
+
+def coordinates(records: Sequence[Record]) -> list[str]:
+    """The coordinates that tell the rows apart; a scheme's parts are left out where schemes are named."""
+    schemes = all(record.cell.get("scheme") is not None for record in records)
+    return varying(records, ("seed", *(PARTS_OF_SCHEME if schemes else ()))) or [
+        next((name for name in ("model", "scheme", "experiment") if distinct(records, name)), "experiment")
+    ]
+
+
+def coordinate_column(records: Sequence[Record], name: str) -> Column:
+    """A coordinate's title; numbers stand right."""
+    numbers = all(isinstance(value, int | float) for value in distinct(records, name))
+    return Column(name.replace("_", " "), "plain" if numbers else "text")
+
+
+def coordinate(value: Any) -> Value:
+    """A coordinate as a table has it."""
+    return str(value) if isinstance(value, bool) else value
+
+
+def where(record: Record, names: Sequence[str]) -> str:
+    """The record's place in words: `scheme k:int16, context 1024`; a value that names itself goes without."""
+    parts = [(name, record.cell.get(name)) for name in names]
+    plain = ("scheme", "model", "dtype", "experiment", "backend")
+    return ", ".join(
+        str(value) if name in plain else f"{name.replace('_', ' ')} {value}"
+        for name, value in parts
+        if value is not None
+    )
+
+
+def cells_table(records: Sequence[Record], title: str) -> Table:
+    """The table. A metric that lists its samples, `NAME_samples`, is given by their quartiles and number."""
+    places, metrics = coordinates(records), metric_names(records)
+    rows, remarks, names, counts = [], [], [], []
+    for here in by_cell(records).values():
+        first = here[0]
+        numbers = [_value(here, name) for name in metrics]
+        rows.append((*(coordinate(first.cell.get(name)) for name in places), *(numbers or [None])))
+        waiting = UNMEASURED if not any(map(measured, here)) else ""
+        remarks.append("; ".join(part for part in (trouble(here), waiting) if part))
+        names.append(where(first, places))
+        counts.append(sum(map(measured, here)))
+    columns = (
+        *(coordinate_column(records, name) for name in places),
+        *([_column(records, name) for name in metrics] or [Column("result")]),
+    )
+    table = Table(
+        title, columns, tuple(rows), tuple(remarks), _shared(records, places), tuple(names), len(places)
+    )
+    return with_seeds(table, counts)
+
+
+def _shared(records: Sequence[Record], places: Sequence[str]) -> str:
+    """What all rows have in common, in a sentence."""
+    skipped = {*places, *varying(records), "experiment"}
+    if distinct(records, "scheme"):
+        skipped |= set(PARTS_OF_SCHEME)
+    names = [name for name in (records[0].cell if records else ()) if name not in skipped]
+    parts = [f"{name.replace('_', ' ')} {records[0].cell[name]}" for name in names]
+    return f"All rows: {', '.join(parts)}." if parts else ""
+
+
+def _lists(records: Sequence[Record], name: str) -> bool:
+    return any(isinstance(record.metrics.get(name), list | tuple) for record in records)
+
+
+def _column(records: Sequence[Record], name: str) -> Column:
+    if not _lists(records, name):
+        return column(name)
+    of = column(name.removesuffix("_samples"))
+    return Column(f"{of.title}: quartiles (n)", "plain")
+
+
+def _value(here: Sequence[Record], name: str) -> Value:
+    """A number over the seeds; of lists, pooled, the quartiles."""
+    if not _lists(here, name):
+        return sample(here, name)
+    pooled = [value for record in here for value in record.metrics.get(name, ())]
+    if len(pooled) < 2:
+        return ", ".join(map(number, pooled)) + f" ({len(pooled)})"
+    low, _, high = statistics.quantiles(pooled, n=4, method="inclusive")
+    return f"{number(low)} – {number(high)} ({len(pooled)})"
+
+
+def spans(records: Sequence[Record], most: int = 8) -> list[str]:
+    """A sentence per metric that varies over the cells: its lowest and its highest value and where they are."""
+    sentences = []
+    groups = by_cell(record for record in records if record.status == "ok")
+    places = coordinates(records) if records else []
+    for name in metric_names(records):
+        if name in ("count", "generated", "sequences") or _lists(records, name):
+            continue
+        values = [
+            (found.mean, here[0]) for here in groups.values() if (found := sample(here, name)) is not None
+        ]
+        if not values:
+            continue
+        (low, least), (high, greatest) = (pick(values, key=lambda pair: pair[0]) for pick in (min, max))
+        title, write = column(name).title, column(name).write
+        if low == high:
+            everywhere = " in every cell" if len(values) > 1 else ""
+            sentences.append(f"{_upper(title)}: {write(low)}{everywhere}.")
+        else:
+            sentences.append(
+                f"{_upper(title)}: from {write(low)} ({where(least, places)}) to {write(high)} "
+                f"({where(greatest, places)})."
+            )
+    return sentences[:most]
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def is_equivalence(records: Sequence[Record]) -> bool:
+    """Whether these records ask if schemes are exact on models: those have tables of their own."""
+    if not distinct(records, "scheme") or not distinct(records, "model"):
+        return False
+    asked = {"identity_error", "attention_error", "bits_per_byte_change"}
+    found = set(metric_names(records))
+    return bool(found & asked) or not found
+
+
+def experiments(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records of each experiment; those that name none are together under ''."""
+    names = list(dict.fromkeys(record.cell.get("experiment") for record in records))
+    return {str(name or ""): select(records, experiment=name) for name in names}
