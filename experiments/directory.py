@@ -3,7 +3,8 @@
 config.gin      source config, includes in place, overrides below      resolved.json   every value, sorted
 operative.gin   what was read, defaults included                       stamp.json      run id, source, versions
 metrics.jsonl   a line per logged training step                        records.jsonl   a line per cell
-models/         trained parameters                                     log.txt         tracebacks of failed cells
+cells.jsonl     a line per cell to be recorded                         models/         trained parameters
+log.txt         tracebacks of failed cells
 report.html, tables/, plots/                                           result.json     last, by rename: it is done
 """
 
@@ -82,6 +83,7 @@ def claim(path: Path, run: str, *, resume: bool, texts: Mapping[str, str]) -> It
     Raises Refused if another process holds the directory or if it holds something else than this run.
     """
     stamp = {"run": run, "source": source_hash(), "versions": versions()}
+    _check_ours(path)
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as lock:
         try:
@@ -95,13 +97,20 @@ def claim(path: Path, run: str, *, resume: bool, texts: Mapping[str, str]) -> It
         yield RunDirectory(path, run)
 
 
+def _check_ours(path: Path) -> None:
+    """Raise Refused for a place that holds something else than a run, before anything is written there."""
+    if path.exists() and not path.is_dir():
+        raise Refused(f"{path}: not a directory")
+    others = [child for child in path.iterdir() if child.name != ".lock"] if path.exists() else []
+    if others and not (path / "stamp.json").exists():
+        raise Refused(f"{path}: not empty and not a run directory")
+
+
 def _clear(path: Path, stamp: Mapping[str, Any], resume: bool) -> None:
     """Leave in `path` only what this run may go on from."""
     found = [child for child in path.iterdir() if child.name != ".lock"]
     if not found:
         return
-    if not (path / "stamp.json").exists():
-        raise Refused(f"{path}: not empty and not a run directory")
     old = json.loads((path / "stamp.json").read_text(encoding="utf-8"))
     if old["run"] != stamp["run"]:
         raise Refused(f"{path}: holds run {old['run']}, this is run {stamp['run']}")

@@ -17,6 +17,7 @@ def launch(plan: Plan, path: Path | None, *, resume: bool) -> int:
         "config.gin": plan.source,
         "operative.gin": plan.operative,
         "resolved.json": canonical_json(plan.resolved),
+        "cells.jsonl": "".join(cell_key(cell) + "\n" for cell in checked_cells(plan)),
     }
     with claim(
         path or Path("results", plan.name, plan.run), plan.run, resume=resume, texts=texts

@@ -1,7 +1,7 @@
 """Progress of training: a line every so many steps, or one line that is rewritten on a terminal."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
 
 
@@ -22,3 +22,9 @@ def show(name: str, line: Mapping[str, Any], stream: TextIO | None = None) -> No
 def clock(seconds: float) -> str:
     """Minutes and seconds, 1:05."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def steps_once(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of metrics.jsonl that report a step; of steps taken again after a restart, the last."""
+    last = {(line["model"], line["step"]): line for line in lines if "event" not in line}
+    return list(last.values())

@@ -1,42 +1,30 @@
 """Train small models on real text, convert their caches, and report which schemes are exact and which are not."""
 
-import math
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from experiments.directory import RunDirectory
-from experiments.progress import show
+from experiments.progress import steps_once
 from experiments.settings import Build
-from slimjax import checkpoint, evaluate
+from experiments.train import Variant, trained
+from slimjax import evaluate
 from slimjax.config import (
     Config,
     ConfigError,
     DataConfig,
     EquivalenceConfig,
-    ModelConfig,
-    TrainConfig,
     resolved,
 )
-from slimjax.data import Corpus, load_corpus
-from slimjax.models.decoder import DecoderLM
+from slimjax.data import load_corpus
 from slimjax.records import Record, RecordLog, provenance
 from slimjax.report import write_report
-from slimjax.scheme import parse_scheme
-from slimjax.train import initial_state, train, trained_model
+from slimjax.scheme import Scheme, parse_scheme
+from slimjax.train import trained_model
 
 IDENTITY = "float64"  # the compute dtype whose cells hold the identity error
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant(Config):
-    """A model and how it is trained."""
-
-    name: str
-    model: ModelConfig
-    train: TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +63,25 @@ def cells(config: Quickstart) -> list[dict[str, Any]]:
 def _cells(variant: Variant, equivalence: EquivalenceConfig) -> list[dict[str, Any]]:
     """One cell per scheme and compute dtype."""
     return [
-        _cell(variant, scheme, dtype)
+        _cell(variant, parse_scheme(scheme), dtype, equivalence.length)
         for scheme in equivalence.schemes
         for dtype in (IDENTITY, *equivalence.dtypes)
     ]
 
 
-def _cell(variant: Variant, text: str, dtype: str) -> dict[str, Any]:
-    scheme = parse_scheme(text)
+def _cell(variant: Variant, scheme: Scheme, dtype: str, context: int) -> dict[str, Any]:
     return {
         "experiment": "quickstart",
         "model": variant.name,
-        "scheme": text,
+        "scheme": str(scheme),
         "basis": scheme.basis,
         "option": scheme.option,
         "extra": scheme.extra,
         "codec": scheme.codec,
+        "bits": scheme.bits,
+        "group": scheme.group,
         "softmax": scheme.softmax,
+        "compute": "float",
         "backend": "reference",
         "position": variant.model.position,
         "heads": variant.model.heads,
@@ -100,6 +90,7 @@ def _cell(variant: Variant, text: str, dtype: str) -> dict[str, Any]:
         "width": variant.model.width,
         "steps": variant.train.steps,
         "dtype": dtype,
+        "context": context,
         "seed": variant.train.seed,
     }
 
@@ -111,7 +102,7 @@ def run(config: Quickstart, directory: RunDirectory) -> list[Record]:
     for variant in config.variants:
         missing = [cell for cell in _cells(variant, config.equivalence) if cell not in log]
         if missing:
-            model = _trained(variant, corpus, directory)
+            model = trained_model(variant.model, trained(variant, corpus, directory))
             print(f"{variant.name}: {len(missing)} cells to measure", flush=True)
             reference = evaluate.prepare(model, corpus, config.equivalence)
             for cell in missing:
@@ -119,24 +110,6 @@ def run(config: Quickstart, directory: RunDirectory) -> list[Record]:
             _report(config, directory, log.records)  # after each model: an interrupted run has a report too
     _report(config, directory, log.records)
     return log.records
-
-
-def _trained(variant: Variant, corpus: Corpus, directory: RunDirectory) -> DecoderLM:
-    """The variant's model: restored if it was trained before, else trained and saved."""
-    folder, steps = directory.path / "models" / variant.name, variant.train.steps
-
-    def on_step(line: Mapping[str, Any]) -> None:
-        bits = line["loss"] / math.log(2) / corpus.bytes_per_token
-        line = {"model": variant.name, **line, "bits_per_byte": bits}
-        directory.metric(line)
-        show(variant.name, line)
-
-    if checkpoint.latest_step(folder) == steps:
-        state = checkpoint.restore(folder, initial_state(variant.model, variant.train))
-    else:
-        state = train(variant.model, variant.train, corpus, on_step=on_step)
-        checkpoint.save(folder, steps, state)
-    return trained_model(variant.model, state)
 
 
 def _measured(
@@ -172,5 +145,5 @@ def _report(config: Quickstart, directory: RunDirectory, records: Sequence[Recor
         records,
         title="Which attention caches are exact?",
         config=resolved(config),
-        metrics=directory.metrics(),
+        metrics=steps_once(directory.metrics()),
     )

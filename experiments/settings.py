@@ -11,18 +11,21 @@ from typing import Any, Protocol, cast
 
 from experiments.directory import RunDirectory
 from slimjax.config import (
+    CheckpointConfig,
     Config,
     ConfigError,
+    Count,
     DataConfig,
     EquivalenceConfig,
     ModelConfig,
+    TrackingConfig,
     TrainConfig,
     digest,
 )
 from slimjax.records import Record
 from slimjax.scheme import suggest
 
-EXPERIMENTS = {"quickstart": "experiments.quickstart"}
+EXPERIMENTS = {"quickstart": "experiments.quickstart", "train": "experiments.train"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,13 @@ class QuickstartConfig(Config):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(QuickstartConfig):
+    """The models that are trained, named as in `Quickstart`, and how much they are asked when they are done."""
+
+    held_out_tokens: Count = 16384
+
+
 SECTIONS: dict[str, type[Config]] = {
     "Run": RunConfig,
     "Model": ModelConfig,
@@ -61,6 +71,9 @@ SECTIONS: dict[str, type[Config]] = {
     "Data": DataConfig,
     "Equivalence": EquivalenceConfig,
     "Quickstart": QuickstartConfig,
+    "Training": TrainingConfig,
+    "Checkpoint": CheckpointConfig,
+    "Tracking": TrackingConfig,
 }
 
 Build = Callable[..., Any]

@@ -1,15 +1,22 @@
 """Checkpoints: any pytree of arrays, one folder per step, complete or absent, checked when read back.
 
-A step is written under another name and renamed when all of it is on the disk. orbax stores the arrays;
-it would cast dtypes silently and read flipped bits without complaint, so a manifest of shapes, dtypes and
-digests stands beside them.
+A step is written under another name, flushed, and renamed when all of it is on the disk. orbax stores the
+arrays; it would cast dtypes silently and read flipped bits without complaint, so a manifest stands beside
+them: shape, dtype and digest of every leaf, digest of every file. One process writes to a folder at a time.
+
+step_00000100/      arrays/ (orbax)   manifest.json   manifest.sha256
+step_00000100.1/    the same step, saved a second time: it counts, once it is there
+.step_.../          unfinished or being deleted; the next save clears it away
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,64 +25,181 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 Tree = TypeVar("Tree")
-_STEP = re.compile(r"step_(\d{8})")
+_STEP = re.compile(r"step_(\d{8})(?:\.(\d+))?")
+
+
+def steps(folder: Path | str) -> dict[int, Path]:
+    """The folder of every complete step, oldest first; of a step that was saved again, the newest."""
+    folder = Path(folder).absolute()
+    names = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    found = sorted((int(match[1]), int(match[2] or 0), match[0]) for match in names if match)
+    return {step: folder / name for step, _, name in found}
 
 
 def latest_step(folder: Path | str) -> int | None:
     """The newest complete step in ``folder``; None where there is none."""
-    folder = Path(folder)
-    names = [_STEP.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
-    return max((int(match[1]) for match in names if match), default=None)
+    return max(steps(folder), default=None)
 
 
-def save(folder: Path | str, step: int, tree: Any) -> Path:
+def save(folder: Path | str, step: int, tree: Any, *, keep: int | None = None) -> Path:
     """Write ``tree`` as the checkpoint of ``step``, in place of one that is there; returns its folder.
 
+    At every moment, the last that was complete before is complete still, until this one is.
+
+    Args:
+        folder, step: where.
+        tree: pytree of arrays.
+        keep: afterwards, delete all but this many of the newest steps; None: delete none.
+
     Raises:
-        ValueError: a floating-point leaf is not finite everywhere; the message names it.
+        FloatingPointError: a floating-point leaf is not finite everywhere; the message names it.
+        OSError: it could not be written; what was saved before is as it was.
     """
     leaves = _named_leaves(tree)
     for name, leaf in leaves.items():
         if jax.numpy.issubdtype(leaf.dtype, jax.numpy.inexact) and not np.isfinite(leaf).all():
-            raise ValueError(f"step {step} is not saved: {name} holds values that are not finite")
-    final = Path(folder).absolute() / f"step_{step:08d}"
-    temporary = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        checkpointer.save(temporary / "arrays", leaves)
-    manifest = {name: _describe(leaf) for name, leaf in leaves.items()}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
-    temporary.rename(final)
+            raise FloatingPointError(f"step {step} is not saved: {name} holds values that are not finite")
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+    old = steps(folder).get(step)
+    final = folder / f"step_{step:08d}"
+    if old is not None:
+        final = final.with_name(f"{final.name}.{int(old.suffix[1:] or 0) + 1}")
+    temporary = final.with_name(f".{final.name}")
+    try:
+        _write(temporary, leaves)
+        temporary.rename(final)
+        _flush(folder)
+    except (OSError, ValueError) as error:  # ValueError is what orbax makes of a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} could not be written: {error}") from error
+    kept = list(steps(folder).values())[-(keep or 0) :]
+    for path in folder.iterdir():
+        if _STEP.fullmatch(path.name) and path not in (*kept, final):
+            path.rename(path.with_name(f".{path.name}"))  # a half deleted one must not look complete
+    _clear(folder)
     return final
 
 
 def restore(folder: Path | str, like: Tree, step: int | None = None) -> Tree:
     """The checkpoint of ``step`` (None: the newest) as a tree of the structure of ``like``.
 
+    Args:
+        folder, step: where.
+        like: pytree of arrays or of ``jax.ShapeDtypeStruct``.
+
     Raises:
-        ValueError: no such step; leaves, shapes or dtypes other than those of ``like``; damaged data.
+        ValueError: no such step; leaves, shapes or dtypes other than those of ``like``; damage, with the
+            file or the leaf that is not what was saved.
     """
     step = latest_step(folder) if step is None else step
-    path = Path(folder).absolute() / f"step_{step or 0:08d}"
-    if step is None or not path.is_dir():
+    path = steps(folder).get(-1 if step is None else step)
+    if path is None:
         raise ValueError(f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}")
-    manifest = json.loads((path / "manifest.json").read_text())
-    wanted = _named_leaves(like)
-    if manifest.keys() != wanted.keys():
-        raise ValueError(f"{path}: other leaves than expected: {sorted(manifest.keys() ^ wanted.keys())}")
-    for name, leaf in wanted.items():
-        saved, expected = manifest[name], _describe(leaf)
-        if any(saved[key] != expected[key] for key in ("shape", "dtype")):
-            raise ValueError(f"{path}: {name} is {saved['dtype']}{saved['shape']}, expected {expected}")
-    restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in wanted}
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.restore(path / "arrays", restore_args=restore_args)
-    for name, leaf in found.items():
-        if _describe(np.asarray(leaf)) != manifest[name]:
-            raise ValueError(f"{path}: {name} is damaged: it is not what was saved")
-    return jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(found[name]) for name in wanted])
+    manifest = _read_manifest(path)
+    saved, wanted = manifest["leaves"], _shapes(like)
+    if saved.keys() != wanted.keys():
+        raise ValueError(f"{path}: other leaves than expected: {sorted(saved.keys() ^ wanted.keys())}")
+    for name, (shape, dtype) in wanted.items():
+        if saved[name]["shape"] != shape or saved[name]["dtype"] != dtype:
+            found = f"{saved[name]['dtype']}{saved[name]['shape']}"
+            raise ValueError(f"{path}: {name} is {found}, expected {dtype}{shape}")
+    damaged = [
+        name
+        for name, digest in manifest["files"].items()
+        if not (path / name).is_file() or _sha256(path / name) != digest
+    ]
+    if damaged:
+        raise _damage(path, f"{', '.join(damaged)}{_suspects(path, saved)}")
+    arrays = _read(path, list(wanted))
+    for name, leaf in arrays.items():
+        if _describe(leaf) != saved[name]:
+            raise _damage(path, name)
+    return jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(arrays[name]) for name in wanted])
+
+
+def _damage(path: Path, what: str) -> ValueError:
+    return ValueError(f"{path} is damaged: {what}: not what was saved; delete it to go on from an older step")
+
+
+@contextlib.contextmanager
+def _orbax() -> Iterator[ocp.PyTreeCheckpointer]:
+    """orbax, which raises what goes wrong, without the pages it logs of it besides."""
+    logger = logging.getLogger("absl")
+    before, logger.disabled = logger.disabled, True
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            yield checkpointer
+    finally:
+        logger.disabled = before
+
+
+def _write(folder: Path, leaves: dict[str, np.ndarray]) -> None:
+    """Arrays, manifest and the manifest's digest, all on the disk when this returns."""
+    folder.mkdir()
+    with _orbax() as checkpointer:
+        checkpointer.save(folder / "arrays", leaves)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    manifest = {
+        "leaves": {name: _describe(leaf) for name, leaf in leaves.items()},
+        "files": {path.relative_to(folder).as_posix(): _sha256(path) for path in files},
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    # `sha256sum -c` reads it too
+    (folder / "manifest.sha256").write_text(f"{_sha256(folder / 'manifest.json')}  manifest.json\n")
+    for path in (folder, *folder.rglob("*")):
+        _flush(path)
+
+
+def _read(path: Path, names: list[str], only: str | None = None) -> dict[str, np.ndarray]:
+    """The arrays as orbax finds them; ``only`` leaves the others out."""
+    wanted = names if only is None else [only]
+    item = {name: 0 if name in wanted else ocp.PLACEHOLDER for name in names}
+    restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    with _orbax() as checkpointer:
+        found = checkpointer.restore(path / "arrays", item=item, restore_args=restore_args)
+    return {name: np.asarray(found[name]) for name in wanted}
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file, digest = path / "manifest.json", path / "manifest.sha256"
+    for part in (file, digest):
+        if not part.is_file():
+            raise _damage(path, f"{part.name} is missing")
+    if digest.read_bytes() != f"{_sha256(file)}  {file.name}\n".encode():
+        raise _damage(path, f"{file.name} or {digest.name}")
+    return json.loads(file.read_text())
+
+
+def _suspects(path: Path, saved: dict[str, Any]) -> str:
+    """Which leaves a damaged file touches, read one by one."""
+
+    def wrong(name: str) -> bool:
+        try:
+            return _describe(_read(path, list(saved), name)[name]) != saved[name]
+        except Exception:  # noqa: BLE001  whatever orbax and its parsers make of damaged bytes
+            return True
+
+    found = [name for name in saved if wrong(name)]
+    which = "all leaves" if len(found) == len(saved) else f"leaf {', '.join(found)}"
+    return f" ({which})" if found else ""
+
+
+def _clear(folder: Path) -> None:
+    """Delete what an interrupted save, or an interrupted deletion, left."""
+    for path in folder.iterdir():
+        if path.name.startswith(".step_"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
@@ -86,6 +210,19 @@ def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
+def _shapes(tree: Any) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of every leaf by its path, nothing moved to the host."""
+    return {
+        jax.tree_util.keystr(path): (list(leaf.shape), str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def _describe(leaf: np.ndarray) -> dict[str, Any]:
     digest = hashlib.sha256(np.ascontiguousarray(leaf).tobytes()).hexdigest()
     return {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digest}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -181,6 +181,23 @@ class TrainConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Config):
+    """When training saves what it can go on from; it saves at the end and when told to stop, too."""
+
+    every: Count = 500  # steps
+    keep: Count = 2  # the newest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig(Config):
+    """Programs that are told the metrics while training is at work; each is an extra."""
+
+    tensorboard: bool = False  # event files in the run directory
+    tracker: Literal["wandb", "trackio"] | None = None
+    project: str = "slimjax"  # the tracker's
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
     """Text as bytes (or tokens of a tokenizer), split by file."""
 
@@ -210,11 +227,15 @@ class EquivalenceConfig(Config):
             values = getattr(self, field)
             if not values or len(set(values)) < len(values):
                 raise ConfigError(f"{field} = {values}: expected distinct values, at least one", field)
+        found: set[str] = set()
         for text in self.schemes:
             try:
-                parse_scheme(text)
+                scheme = str(parse_scheme(text))
             except ValueError as error:
                 raise ConfigError(str(error), "schemes") from None
+            if scheme in found:
+                raise ConfigError(f"schemes has {scheme} twice, the second time as {text!r}", "schemes")
+            found.add(scheme)
         if self.tokens % self.length:
             raise ConfigError(f"tokens = {self.tokens} is not a multiple of length = {self.length}", "tokens")
 

@@ -56,6 +56,8 @@ class Corpus:
         Raises:
             ValueError: the held-out text is too short for that many.
         """
+        if count < 1 or length < 1:
+            raise ValueError(f"{count=} windows of {length=} tokens: expected at least one of each")
         spare = len(self.held_out) - (count * length + 1)
         if spare < 0:
             raise ValueError(
@@ -118,6 +120,8 @@ def _split(texts: dict[str, bytes], percent: float) -> tuple[list[bytes], list[b
     """(training, held-out) texts; neither is empty."""
     if len(texts) == 1:
         (text,) = texts.values()
+        if len(text) < 2:
+            raise ValueError(f"{next(iter(texts))}: one byte cannot be split into training and held-out text")
         cut = min(max(round(len(text) * (1 - percent / 100)), 1), len(text) - 1)
         return [text[:cut]], [text[cut:]]
     # 1/100 of a percent is fine enough, and leaves every run the same files.

@@ -39,8 +39,9 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"{self.temperature=}: expected a finite number >= 0")
+        # Below that, logits divided by it overflow float32; who wants the likeliest token says 0.
+        if self.temperature != 0 and not 1e-6 <= self.temperature < float("inf"):
+            raise ValueError(f"{self.temperature=}: expected 0 (greedy) or a finite number >= 1e-6")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"{self.top_k=}: expected >= 1 or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -109,8 +110,8 @@ def generate(
         [B, max_new_tokens].
 
     Raises:
-        ValueError: lengths outside 1..P, no tokens asked for, no key to sample with, or learned positions
-            that do not reach as far.
+        ValueError: no prompts, tokens outside the vocabulary, lengths outside 1..P, no tokens asked for, no
+            key to sample with, or learned positions that do not reach as far.
     """
     prompts = np.asarray(prompts, np.int32)
     counts = np.full(len(prompts), prompts.shape[1]) if lengths is None else np.asarray(lengths)
@@ -139,6 +140,16 @@ def _check(
 ) -> None:
     """Raise ValueError for arguments of ``generate`` that do not fit together."""
     batch, width = prompts.shape
+    if not batch or not width:
+        raise ValueError(
+            f"prompts of shape {prompts.shape}: expected at least one prompt of at least one token"
+        )
+    vocab = model.embedding.shape[0]
+    given = prompts[np.arange(width) < counts[:, None]] if counts.shape == (batch,) else prompts
+    if given.size and (given.min() < 0 or given.max() >= vocab):
+        raise ValueError(
+            f"prompts hold the tokens {given.min()}..{given.max()}, the vocabulary is 0..{vocab - 1}"
+        )
     if counts.shape != (batch,) or counts.min() < 1 or counts.max() > width:
         raise ValueError(f"lengths = {counts}: expected one of 1..{width} for each of {batch} prompts")
     if new < 1:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from slimjax.scheme import suggest
 
@@ -174,12 +174,24 @@ def append_line(path: Path, text: str) -> None:
     """Append one line and flush it to the disk, over a torn last line if there is one."""
     path.touch()
     with path.open("r+b") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(_whole_lines(file))
         file.seek(0, os.SEEK_END)
         file.write(text.encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _whole_lines(file: BinaryIO) -> int:
+    """Where the last whole line ends; looked for from the end, so that a long file costs no more than a short one."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - 4096)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
 
 
 class RecordLog:

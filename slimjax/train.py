@@ -4,6 +4,7 @@ So training that stops and goes on from its state takes the same steps, bit for 
 """
 
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import cast
@@ -36,19 +37,29 @@ class TrainState:
         params: the model's parameters, float32.
         opt_state: optax's.
         step: [], steps taken.
+        loss_sum: [], nats per token, over the steps since the last report (or the start).
     """
 
     params: nnx.State
     opt_state: optax.OptState
     step: Int[Array, ""]
+    loss_sum: Float[Array, ""]
 
 
 def initial_state(model_config: ModelConfig, train_config: TrainConfig) -> TrainState:
     """Fresh parameters from ``train_config.seed``, no steps taken."""
     params = nnx.state(DecoderLM(model_config, rngs=nnx.Rngs(train_config.seed)), nnx.Param)
     return TrainState(
-        params=params, opt_state=_optimizer(train_config).init(params), step=jnp.zeros((), jnp.int32)
+        params=params,
+        opt_state=_optimizer(train_config).init(params),
+        step=jnp.zeros((), jnp.int32),
+        loss_sum=jnp.zeros(()),
     )
+
+
+def state_shapes(model_config: ModelConfig, train_config: TrainConfig) -> TrainState:
+    """The structure, shapes and dtypes of a state, no arrays made: what a checkpoint is held against."""
+    return jax.eval_shape(lambda: initial_state(model_config, train_config))
 
 
 def trained_model(model_config: ModelConfig, state: TrainState) -> DecoderLM:
@@ -64,6 +75,9 @@ def train(
     on_step: Report | None = None,
     state: TrainState | None = None,
     until: int | None = None,
+    save: Callable[[TrainState], object] | None = None,
+    save_every: int | None = None,
+    stop: Callable[[], object] | None = None,
 ) -> TrainState:
     """Train to ``train_config.steps``.
 
@@ -73,49 +87,86 @@ def train(
         on_step: called after every ``log_every`` steps and after the last.
         state: goes on from there (it is consumed); None: from ``initial_state``.
         until: stop early, after this many steps in all, with the schedule of the full run.
+        save: called after every ``save_every`` steps, after the last, and where ``stop`` stops; never after
+            a loss that is not finite. Step and report come first, so what is saved was reported.
+        save_every: steps; None: at the end alone.
+        stop: asked after every step; where true, training saves and returns early.
 
     Raises:
         ValueError: a corpus with more tokens than the model's vocabulary.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite; the message names the step.
     """
     if corpus.vocab > model_config.vocab:
         raise ValueError(f"{corpus.vocab=} does not fit the model's {model_config.vocab=}")
     state = initial_state(model_config, train_config) if state is None else state
     step = _compiled_step(model_config, train_config)
     first, last = int(state.step), train_config.steps if until is None else until
-    begun, losses = time.perf_counter(), []
+    begun, before = time.perf_counter(), None
     for index in range(first, last):
         tokens = corpus.batch(train_config.seed, index, train_config.batch, train_config.length)
         state, loss = step(state, tokens)
-        losses.append(loss)
-        if index == first:
+        if before is None:
             loss.block_until_ready()
             begun = time.perf_counter()  # the first step compiled
-        if (index + 1) % train_config.log_every == 0 or index + 1 == last:
-            mean = float(jnp.mean(jnp.stack(losses)))
-            losses = []
-            metrics = _metrics(train_config, index + 1, index - first, last, mean, begun)
-            if not np.isfinite(metrics["loss"]):
-                raise FloatingPointError(
-                    f"step {index + 1}: the loss is {metrics['loss']}; lower the learning rate"
-                )
-            if on_step is not None:
-                on_step(metrics)
+        else:
+            _check_finite(index, before)  # one step late, while the device is at work on this one
+        before, done = loss, index + 1
+        halt = stop is not None and bool(stop())
+        report = done == last or done % train_config.log_every == 0
+        keep = halt or done == last or done % (save_every or last) == 0
+        if report or keep:
+            _check_finite(done, loss)
+        if report and on_step is not None:
+            on_step(_metrics(train_config, state, done, index - first, last, begun))
+        if keep and save is not None:
+            save(state)
+        if halt:
+            break
     return state
 
 
+def _check_finite(step: int, loss: Array) -> None:
+    if not np.isfinite(value := float(loss)):
+        raise FloatingPointError(f"step {step}: the loss is {value}; lower the learning rate")
+
+
 def _metrics(
-    config: TrainConfig, step: int, timed: int, last: int, loss: float, begun: float
+    config: TrainConfig, state: TrainState, step: int, timed: int, last: int, begun: float
 ) -> dict[str, float]:
     seconds = time.perf_counter() - begun
     return {
         "step": step,
         "steps": config.steps,
-        "loss": loss,
+        "loss": float(state.loss_sum) / ((step - 1) % config.log_every + 1),
         "learning_rate": float(np.asarray(schedule(config)(step - 1))),
         "tokens_per_second": timed * config.batch * config.length / seconds if timed else 0.0,
         "seconds_left": seconds / max(timed, 1) * (last - step),
     }
+
+
+def held_out(
+    model_config: ModelConfig, train_config: TrainConfig, state: TrainState, corpus: Corpus, tokens: int
+) -> dict[str, float]:
+    """The model on at least ``tokens`` held-out tokens (whole batches), in the compute dtype of training.
+
+    Returns:
+        bits_per_byte and count, the tokens scored.
+
+    Raises:
+        ValueError: the held-out text is shorter than that.
+    """
+    batches = -(-tokens // (train_config.batch * train_config.length))
+    windows = corpus.held_out_windows(batches * train_config.batch, train_config.length)
+    graph, total = _graph(model_config), 0.0
+    loss = jax.jit(
+        lambda params, tokens: cross_entropy(
+            nnx.merge(graph, params)(tokens[:, :-1], train_config.dtype), tokens[:, 1:]
+        )
+    )
+    for part in np.split(windows, batches):
+        total += float(loss(state.params, part))
+    bits = total / batches / math.log(2) / corpus.bytes_per_token
+    return {"bits_per_byte": bits, "count": batches * train_config.batch * train_config.length}
 
 
 def schedule(config: TrainConfig) -> optax.Schedule:
@@ -169,7 +220,9 @@ def _compiled_step(
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of an integer count
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = cast(nnx.State, optax.apply_updates(state.params, updates))
-        return TrainState(params=params, opt_state=opt_state, step=state.step + 1), loss
+        # Part of the state, or a report after a restart would be the mean of fewer steps.
+        loss_sum = jnp.where(state.step % config.log_every == 0, jnp.zeros_like(loss), state.loss_sum) + loss
+        return TrainState(params=params, opt_state=opt_state, step=state.step + 1, loss_sum=loss_sum), loss
 
     return jax.jit(step, donate_argnums=0)
 

@@ -9,6 +9,8 @@ os.environ["SLIMJAX_TYPECHECK"] = "1"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Every run of the tests compiles for itself, and leaves nothing in the user's cache.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import hypothesis
 import jax

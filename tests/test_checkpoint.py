@@ -1,5 +1,10 @@
 """Checkpoints: complete or absent, and refused when they are not what is expected or not what was saved."""
 
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +43,67 @@ def test_a_step_is_replaced(tmp_path):
     checkpoint.save(tmp_path, 1, tree(1.0))
     checkpoint.save(tmp_path, 1, tree(2.0))
     np.testing.assert_array_equal(checkpoint.restore(tmp_path, zeros())["kernel"], tree(2.0)["kernel"])
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert len(list(tmp_path.iterdir())) == 1
+    checkpoint.save(tmp_path, 1, tree(3.0))
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path, zeros(), 1)["kernel"], tree(3.0)["kernel"])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (1, 2, 3, 10):
+        checkpoint.save(tmp_path, step, tree(step), keep=2)
+    assert list(checkpoint.steps(tmp_path)) == [3, 10]
+    checkpoint.save(tmp_path, 10, tree(), keep=1)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_there_is_a_good_one_at_every_moment(tmp_path, monkeypatch, step):
+    """Saving anew (step 1) or further (step 2) dies before each of its acts on the disk in turn."""
+
+    class Killed(BaseException):
+        pass
+
+    def dying(name, owner, left):
+        act = getattr(owner, name)
+
+        def instead(*arguments, **options):
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            return act(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, instead)
+
+    checkpoint.save(tmp_path, 1, tree(1.0), keep=1)
+    found = []
+    for survived in range(100):
+        left = [survived]
+        for name, owner in (
+            ("rename", Path),
+            ("mkdir", Path),
+            ("write_text", Path),
+            ("rmtree", shutil),
+            ("_flush", checkpoint),
+        ):
+            dying(name, owner, left)
+        try:
+            checkpoint.save(tmp_path, step, tree(2.0), keep=1)
+        except Killed:
+            monkeypatch.undo()
+            found.append(float(checkpoint.restore(tmp_path, zeros())["kernel"][0, 1]))
+            continue
+        break
+    monkeypatch.undo()
+    assert set(found) == {1.0, 2.0}  # before and after it counted
+    assert len(found) > 10
+    assert float(checkpoint.restore(tmp_path, zeros())["kernel"][0, 1]) == 2.0
+
+
+def test_shapes_are_enough_to_read_one(tmp_path):
+    checkpoint.save(tmp_path, 1, tree())
+    found = checkpoint.restore(tmp_path, jax.eval_shape(tree))
+    np.testing.assert_array_equal(found["kernel"], tree()["kernel"])
 
 
 def test_an_interrupted_save_is_no_checkpoint(tmp_path, monkeypatch):
@@ -77,15 +142,78 @@ def test_no_checkpoint_is_said(tmp_path):
 
 
 def test_what_is_not_finite_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match=r"kernel.*not finite"):
+    with pytest.raises(FloatingPointError, match=r"kernel.*not finite"):
         checkpoint.save(tmp_path, 1, tree(float("inf")))
     assert checkpoint.latest_step(tmp_path) is None
 
 
-def test_damage_is_noticed(tmp_path):
-    """Other values of the right shape, as a flipped bit leaves them: orbax would return them."""
+def flipped(path, bit):
+    """A bit of a file, counted from its start, is the other."""
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_any_file_is_refused(tmp_path):
+    """First, last and random bits of every file: the message has the file, and of arrays the leaf."""
+    random = np.random.default_rng(0)
+    large = {"kernel": random.normal(size=500).astype(np.float32), "bias": random.normal(size=700)}
+    path = checkpoint.save(tmp_path, 1, large)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    kinds = {file.name for file in files}
+    assert {"manifest.json", "manifest.sha256", "_METADATA", "manifest.ocdbt"} <= kinds
+    named = set()
+    for file in files:
+        whole = file.read_bytes()
+        for bit in {0, 8 * len(whole) - 1, *random.integers(0, 8 * len(whole), 2)}:
+            flipped(file, bit)
+            with pytest.raises(ValueError, match=f"damaged.*{file.name}") as error:
+                checkpoint.restore(tmp_path, large)
+            named |= {leaf for leaf in large if f"(leaf ['{leaf}'])" in str(error.value)}
+            file.write_bytes(whole)
+    assert named == set(large)
+    checkpoint.restore(tmp_path, large)
+
+
+def test_a_missing_file_is_named(tmp_path):
     path = checkpoint.save(tmp_path, 1, tree())
-    other = checkpoint.save(tmp_path, 2, tree(2.0))
-    (path / "manifest.json").write_text((other / "manifest.json").read_text())
-    with pytest.raises(ValueError, match=r"kernel.*is damaged"):
-        checkpoint.restore(tmp_path, zeros(), 1)
+    for name in ("arrays/_METADATA", "manifest.json"):
+        (path / name).rename(path / "aside")
+        with pytest.raises(ValueError, match=f"damaged.*{name}"):
+            checkpoint.restore(tmp_path, zeros())
+        (path / "aside").rename(path / name)
+
+
+def test_a_checkpoint_of_the_right_files_with_another_leaf_is_refused(tmp_path, monkeypatch):
+    """What orbax returns is held against the manifest as well."""
+    path = checkpoint.save(tmp_path, 1, tree())
+    read = checkpoint._read
+    monkeypatch.setattr(checkpoint, "_read", lambda *given: {**read(*given), "['step']": np.int32(8)})
+    with pytest.raises(ValueError, match=rf"{path} is damaged: \['step'\]"):
+        checkpoint.restore(tmp_path, zeros())
+
+
+def test_the_manifest_is_one_that_sha256sum_reads(tmp_path):
+    path = checkpoint.save(tmp_path, 1, tree())
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum")
+    subprocess.run(["sha256sum", "-c", "manifest.sha256"], cwd=path, check=True, capture_output=True)
+
+
+# tensorstore's threads may end after orbax has given up
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_costs_the_new_one_alone(tmp_path):
+    """Files may grow to 20 kB: the disk of a test that may not mount one."""
+    checkpoint.save(tmp_path, 1, tree())
+    large = {"kernel": np.random.default_rng(0).normal(size=100_000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"step_00000002 could not be written.*too large"):
+            checkpoint.save(tmp_path, 2, large, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    checkpoint.restore(tmp_path, zeros())
+    checkpoint.save(tmp_path, 2, large, keep=1)
+    assert checkpoint.latest_step(tmp_path) == 2

@@ -91,3 +91,8 @@ def test_derived_sizes():
     config = ModelConfig(width=128, heads=4, kv_heads=2, head_dim=16, mlp="gelu")
     assert (config.K, config.H, config.F) == (2, 16, 512)
     assert ModelConfig(mlp_width=64).F == 64
+
+
+def test_two_spellings_of_one_scheme_are_one_scheme():
+    with pytest.raises(ConfigError, match="schemes has k:int8 twice, the second time as 'k2:int8'"):
+        EquivalenceConfig(schemes=("k:int8", "k2:int8"))

@@ -140,3 +140,11 @@ def test_a_tokenizer_counts_tokens_and_bytes(tmp_path):
     text.with_name("broken.json").write_text("{}")
     with pytest.raises(ValueError, match=r"broken.json.*not a readable tokenizer.json"):
         load_corpus(DataConfig(path=str(text), tokenizer=str(tmp_path / "broken.json")))
+
+
+def test_too_little_text_is_named(tmp_path):
+    (tmp_path / "one").write_bytes(b"x")
+    with pytest.raises(ValueError, match="one: one byte cannot be split"):
+        load_corpus(DataConfig(path=str(tmp_path / "one")))
+    with pytest.raises(ValueError, match="count=0 windows"):
+        Corpus(train=np.zeros(9, np.uint8), held_out=np.zeros(9, np.uint8), vocab=256).held_out_windows(0, 3)

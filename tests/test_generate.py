@@ -234,3 +234,21 @@ def test_learned_positions_bound_generation():
     for index in range(20, 24):
         text[:, index] = np.argmax(last_logits(model, jnp.asarray(text), jnp.asarray(index - 1)), axis=-1)
     np.testing.assert_array_equal(got, text[:, 20:])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (np.zeros((0, 3), np.int32), r"shape \(0, 3\)"),
+        (np.zeros((2, 0), np.int32), r"shape \(2, 0\)"),
+        (np.array([[1, -1]], np.int32), r"tokens -1\.\.1, the vocabulary is 0\.\."),
+        (np.array([[1, 10_000]], np.int32), r"tokens 1\.\.10000, the vocabulary is 0\.\."),
+    ],
+)
+def test_prompts_that_are_none_are_named(prompts, message):
+    model = DecoderLM(CONFIG, rngs=nnx.Rngs(0))
+    layers, _ = convert_model(model, "kv:float32")
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, layers=layers, max_new_tokens=1)
+    with pytest.raises(ValueError, match="1e-39"):
+        Sampling(temperature=1e-39)

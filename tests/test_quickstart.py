@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from experiments import quickstart, run
+from experiments import run
 from slimjax import evaluate
 from slimjax.records import read
 
@@ -105,7 +105,7 @@ def test_a_failure_costs_one_cell_and_interruption_none(config, monkeypatch, cap
 
     monkeypatch.setattr(evaluate, "measure", broken)
     assert run.main([str(config), "--out", out]) == 130
-    monkeypatch.setattr(quickstart, "train", None)  # the model is on the disk
+    monkeypatch.setattr("experiments.train.train", None)  # the model is on the disk
     assert run.main([str(config), "--out", out]) == 1
     records = read(config.parent / "trouble" / "records.jsonl")
     failed = [record for record in records if record.status == "failed"]

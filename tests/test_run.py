@@ -344,3 +344,12 @@ def test_the_source_hash_covers_every_python_file(monkeypatch):
         assert directory.source_hash() != before
     monkeypatch.setattr(Path, "read_bytes", read)
     assert directory.source_hash() == before
+
+
+def test_a_folder_of_something_else_is_left_as_it_was(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code = run.main(["configs/quickstart.gin", "--out", str(tmp_path)])
+    assert code == 2
+    assert "not a run directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert run.main(["configs/quickstart.gin", "--out", str(tmp_path / "thesis.tex")]) == 2

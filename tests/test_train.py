@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import slimjax.train
 from slimjax import checkpoint
 from slimjax.config import ModelConfig, TrainConfig
 from slimjax.data import Corpus
 from slimjax.train import (
     conditioning_penalty,
     cross_entropy,
+    held_out,
     initial_state,
     schedule,
+    state_shapes,
     train,
     trained_model,
 )
@@ -70,6 +73,81 @@ def test_stopping_and_going_on_is_bit_exact(corpus, tmp_path):
     assert equal(train(MODEL, TRAIN, corpus, state=restored), whole)
     other = train(MODEL, dataclasses.replace(TRAIN, seed=1), corpus)
     assert not equal(other.params, whole.params)
+
+
+def test_losses_reported_after_going_on_are_those_of_an_unbroken_run(corpus, tmp_path):
+    """Stopped inside the two steps a report is the mean of."""
+    whole, parts = [], []
+    train(MODEL, TRAIN, corpus, on_step=whole.append)
+
+    def stop_after(steps):
+        taken = iter(range(1, 100))
+        return lambda: next(taken) == steps
+
+    def save(state):
+        checkpoint.save(tmp_path, int(state.step), state)
+
+    state = None
+    for count, at in ((3, 3), (2, 5), (9, 6)):
+        state = train(
+            MODEL, TRAIN, corpus, on_step=parts.append, state=state, save=save, stop=stop_after(count)
+        )
+        assert int(state.step) == at
+        state = checkpoint.restore(tmp_path, state_shapes(MODEL, TRAIN))
+    assert list(checkpoint.steps(tmp_path)) == [3, 5, 6]
+    assert [(line["step"], line["loss"]) for line in parts] == [
+        (line["step"], line["loss"]) for line in whole
+    ]
+
+
+def test_it_saves_every_so_many_steps_and_at_the_end(corpus):
+    saved = []
+    train(MODEL, TRAIN, corpus, save=lambda state: saved.append(int(state.step)), save_every=4)
+    assert saved == [4, 6]
+
+
+@pytest.mark.parametrize("bad", [3, 4, 6])
+def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(corpus, monkeypatch, bad):
+    """A batch of not-a-number cannot be had from integers, so the loss of one step is replaced."""
+    compiled, saved, reported = slimjax.train._compiled_step, [], []
+
+    def broken(*configs):
+        def step(state, tokens):
+            index = int(state.step) + 1
+            state, loss = compiled(*configs)(state, tokens)
+            return state, loss * jnp.asarray(np.nan if index == bad else 1.0, loss.dtype)
+
+        return step
+
+    monkeypatch.setattr(slimjax.train, "_compiled_step", broken)
+    with pytest.raises(FloatingPointError, match=f"step {bad}: the loss is nan"):
+        train(
+            MODEL,
+            TRAIN,
+            corpus,
+            on_step=lambda line: reported.append(line["step"]),
+            save=lambda state: saved.append(int(state.step)),
+            save_every=1,
+        )
+    assert saved == list(range(1, bad))
+    assert reported == [step for step in (2, 4) if step < bad]
+
+
+def test_the_held_out_score_is_the_mean_over_its_windows(corpus):
+    state = initial_state(MODEL, TRAIN)
+    found = held_out(MODEL, TRAIN, state, corpus, tokens=100)
+    assert found["count"] == 3 * 4 * 12
+    windows = corpus.held_out_windows(12, 12)
+    logits = trained_model(MODEL, state)(jnp.asarray(windows[:, :-1]))
+    expected = float(cross_entropy(logits, jnp.asarray(windows[:, 1:]))) / np.log(2)
+    assert found["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_shapes_of_a_state_are_those_of_a_state():
+    state, shapes = initial_state(MODEL, TRAIN), state_shapes(MODEL, TRAIN)
+    assert jax.tree.structure(shapes) == jax.tree.structure(state)
+    for shape, leaf in zip(jax.tree.leaves(shapes), jax.tree.leaves(state), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
 
 
 def test_the_first_step_has_no_learning_rate_and_the_second_does(corpus):
@@ -155,5 +233,5 @@ def test_what_cannot_be_trained_is_refused(corpus):
         train(dataclasses.replace(MODEL, vocab=8), TRAIN, corpus)
     state = initial_state(MODEL, TRAIN)
     broken = jax.tree.map(lambda leaf: leaf * jnp.asarray(np.nan, leaf.dtype), state.params)
-    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
         train(MODEL, TRAIN, corpus, state=dataclasses.replace(state, params=broken))

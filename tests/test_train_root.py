@@ -1,0 +1,133 @@
+"""The root `train` in this process: its record, its refusals, and what a second run finds."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slimjax.train
+from experiments import progress, run
+from slimjax import checkpoint
+from slimjax.records import read, read_lines
+
+CONFIG = """
+Run.experiment = 'train'
+Training.models = ('small', 'other')
+Data.path = {path!r}
+Data.held_out_percent = 30.0
+Model.layers = 1
+Model.width = 16
+Model.heads = 2
+other/Model.position = 'none'
+Train.steps = 6
+Train.warmup = 1
+Train.batch = 2
+Train.length = 16
+Train.log_every = 2
+Checkpoint.every = 2
+Checkpoint.keep = 2
+Training.held_out_tokens = 64
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs the config in one directory; returns the exit status."""
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, " * 40)
+    config = tmp_path / "a.gin"
+    config.write_text(CONFIG.format(path=str(tmp_path / "text.txt")))
+
+    def start(*arguments):
+        return run.main([str(config), "--out", str(tmp_path / "out"), *arguments])
+
+    return start
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """Makes the loss of one step of every model not-a-number, while `breaking.step` is set."""
+    compiled = slimjax.train._compiled_step
+
+    def broken(*configs):
+        def step(state, tokens):
+            bad = int(state.step) + 1 == broken.step
+            state, loss = compiled(*configs)(state, tokens)
+            return state, loss * jnp.asarray(np.nan if bad else 1.0, loss.dtype)
+
+        return step
+
+    broken.step = None
+    monkeypatch.setattr(slimjax.train, "_compiled_step", broken)
+    return broken
+
+
+@pytest.mark.slow
+def test_a_record_of_every_model(launch, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert launch() == 0
+    records = read(out / "records.jsonl")
+    assert [record.cell["model"] for record in records] == ["small", "other"]
+    assert [record.cell["position"] for record in records] == ["rope", "none"]
+    for record in records:
+        assert record.metrics.keys() == {"bits_per_byte", "count", "tokens_per_second", "parameters"}
+        assert 4 < record.metrics["bits_per_byte"] < 9
+        assert record.metrics["count"] == 64
+        assert record.metrics["tokens_per_second"] > 0
+        state = checkpoint.steps(out / "models" / record.cell["model"])
+        assert list(state) == [4, 6]
+        manifest = json.loads((state[6] / "manifest.json").read_text())["leaves"]
+        sizes = [np.prod(leaf["shape"]) for name, leaf in manifest.items() if name.startswith(".params")]
+        assert record.metrics["parameters"] == sum(sizes)
+    steps = [(line["model"], line["step"]) for line in read_lines(out / "metrics.jsonl")]
+    assert steps == [(model, step) for model in ("small", "other") for step in (2, 4, 6)]
+    assert (out / "report.html").exists()
+    assert capsys.readouterr().out.count("bits per byte") >= 6
+    assert launch() == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_row_and_keeps_what_was_good(launch, breaking, tmp_path):
+    breaking.step = 5
+    assert launch() == 1
+    records = read(tmp_path / "out" / "records.jsonl")
+    assert [record.status for record in records] == ["failed", "failed"]
+    assert records[0].reason == "FloatingPointError: step 5: the loss is nan; lower the learning rate"
+    assert list(checkpoint.steps(tmp_path / "out" / "models" / "small")) == [2, 4]
+    assert "step 5" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_damaged_checkpoint_is_one_line_and_an_older_one_goes_on(
+    launch, breaking, tmp_path, monkeypatch, capsys
+):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    out, folder = tmp_path / "out", tmp_path / "out" / "models" / "small"
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.train.held_out", interrupted)
+        assert launch() == 130
+    newest = checkpoint.steps(folder)[6]
+    (newest / "manifest.json").write_text("{}")
+    capsys.readouterr()
+    assert launch() == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert f"{newest} is damaged: manifest.json" in errors
+    newest.rename(tmp_path / "aside")
+    assert launch() == 0
+    assert {"event": "resume", "model": "small", "step": 4} in read_lines(out / "metrics.jsonl")
+    small = [line for line in read_lines(out / "metrics.jsonl") if line["model"] == "small"]
+    assert [line["step"] for line in small] == [2, 4, 6, 4, 6]
+    assert small[2]["loss"] == small[4]["loss"]
+    assert [line["step"] for line in progress.steps_once(small)] == [2, 4, 6]
+
+
+def test_what_cannot_be_trained_is_refused_before_it_starts(launch, tmp_path, monkeypatch, capsys):
+    too_long = ("--set", "Model.position = 'learned'", "--set", "Model.max_length = 8")
+    assert launch(*too_long) == 2
+    assert "small: learned positions end at max_length = 8, training needs 16" in capsys.readouterr().err
+    monkeypatch.setattr("slimjax.trackers.importlib.util.find_spec", lambda name: None)
+    assert launch("--set", "Tracking.tracker = 'wandb'", "--dry-run") == 2
+    assert "pip install 'slimjax[trackers]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
