@@ -1,12 +1,12 @@
 # slimjax: the commands. `make help` lists them; each can be run again, and installs only what changed.
 #
 # Time on 2 CPU cores, Python 3.11, packages from a nearby index (minutes; .ci/run = all of it, limit 60):
-#   install          1    once, again only when pyproject.toml or the constraints change
-#   lint             1
-#   test            12    limit
-#   test-parity      2    with 1 to install torch and transformers, once
-#   quickstart       5    limit, after installation; .ci/run trains briefly: 3
-#   test-fast       10    on Python 3.12 with the newest jax, with 1 to install
+#   install          1.5  once, again only when pyproject.toml or the constraints change
+#   lint             0.5
+#   test             7.5  (limit 12)
+#   test-parity      1    with 1 to install torch and transformers, once
+#   quickstart       4    (limit 5) after installation; .ci/run trains briefly: 2
+#   test-fast        7    on Python 3.12 with the newest jax, with 1 to install
 
 PYTHON ?= python3
 # More arguments for pytest or experiments.run: make test ARGS="-k rope"
