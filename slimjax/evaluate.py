@@ -23,7 +23,7 @@ from slimjax.data import Corpus
 from slimjax.generate import generate
 from slimjax.kernels.api import decode
 from slimjax.models.decoder import DecoderLM, convert_model, init_caches
-from slimjax.numerics import greedy_agreement, logit_kl, relative_l2, top1_agreement
+from slimjax.numerics import cross_entropy, greedy_agreement, logit_kl, relative_l2, top1_agreement
 from slimjax.scheme import Scheme, parse_scheme
 from slimjax.solve import Figures
 
@@ -257,10 +257,7 @@ def _attention_inputs(model: DecoderLM, tokens: Int[Array, "B T"]) -> tuple[Inpu
 _logit_kl = jax.jit(logit_kl)
 
 
-@jax.jit
-def _nats(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
+_nats = jax.jit(cross_entropy)
 
 
 def _bits(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> float:

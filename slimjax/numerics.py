@@ -20,9 +20,9 @@ def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 def einsum(subscripts: str, *operands: Array) -> Array:
     """``jnp.einsum`` with the precision stated: operands as they are, sums in ``accumulation_dtype``.
 
-    A float32 product left at jax's default is rounded to bfloat16 on TPU and TF32 on recent GPUs;
-    V = K W_KV turns that into errors of 2-14 % in V, which no CPU test would see. So ``HIGHEST``, always;
-    who wants a bfloat16 product passes bfloat16 operands, for which ``HIGHEST`` changes nothing.
+    A float32 product left at jax's default is rounded to bfloat16 on TPU and TF32 on recent GPUs, and
+    V = K W_KV multiplies that by its noise gain, which no CPU run would show. So ``HIGHEST``, always; who
+    wants a bfloat16 product passes bfloat16 operands, for which ``HIGHEST`` changes nothing.
     """
     return jnp.einsum(
         subscripts,
@@ -71,6 +71,12 @@ def max_abs(value: jax.typing.ArrayLike, reference: jax.typing.ArrayLike) -> tup
     difference = np.abs(a - b)
     where = np.unravel_index(int(np.argmax(np.where(np.isnan(difference), np.inf, difference))), a.shape)
     return float(difference[where]), tuple(int(i) for i in where)
+
+
+def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Mean negative log-likelihood of the targets, in nats per token."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
 def logit_kl(logits: Float[Array, "*T V"], reference: Float[Array, "*T V"]) -> Float[Array, "*T"]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from slimjax.config import ModelConfig, TrainConfig
 from slimjax.data import Corpus
 from slimjax.models.decoder import DecoderLM
-from slimjax.numerics import accumulation_dtype, einsum
+from slimjax.numerics import accumulation_dtype, cross_entropy, einsum
 from slimjax.pytree import pytree
 
 # Parameters and a batch to (what is minimised, the loss that is reported).
@@ -242,12 +242,6 @@ def _mean_gradient(
     zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
     total, _ = jax.lax.scan(add, zero, slices)
     return jax.tree.map(lambda leaf: leaf / parts, total)
-
-
-def cross_entropy(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Mean negative log-likelihood in nats per token."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen)
 
 
 def conditioning_penalty(kernel: Float[Array, "D K H"]) -> Float[Array, ""]:

@@ -12,9 +12,9 @@ import slimjax.train
 from slimjax import checkpoint
 from slimjax.config import ModelConfig, TrainConfig
 from slimjax.data import Corpus
+from slimjax.numerics import cross_entropy
 from slimjax.train import (
     conditioning_penalty,
-    cross_entropy,
     held_out,
     initial_state,
     schedule,

@@ -33,7 +33,7 @@ class DecodeWeights:
 
     Attributes:
         w_kv: basis k: V = K w_kv. float32 or wider, always: in bfloat16 it would cost as much accuracy as
-            a bfloat16 cache does (arXiv 2503.05840 does not say so; measured, see the README).
+            a bfloat16 cache does (tests/test_attention.py rounds it and misses the tolerance).
         w_vk: basis v: K = V w_vk, likewise.
         wk, wv: basis x: the projections themselves.
         k_bias: bias of the keys, where it does not cancel (RoPE or softcap); keys are cached without it.
