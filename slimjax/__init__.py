@@ -1,5 +1,6 @@
 """slimjax: small attention caches and fast decoding for JAX, with proof."""
 
+from slimjax.attention.cross import attend_filled, cross_full, fill
 from slimjax.attention.layer import CachedAttention, attend_cached, attend_full, init_cache, prefill
 from slimjax.attention.positions import Position
 from slimjax.attention.projections import DecodeWeights, Projections
@@ -23,10 +24,13 @@ __all__ = [
     "Projections",
     "Scheme",
     "attend_cached",
+    "attend_filled",
     "attend_full",
     "codec",
     "convert",
+    "cross_full",
     "decode",
+    "fill",
     "init_cache",
     "parse_scheme",
     "parse_schemes",

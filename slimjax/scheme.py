@@ -17,11 +17,21 @@ from collections.abc import Collection
 BASES = {
     "kv": "keys and values",
     "k": "keys only",
+    "kr": "keys after RoPE only",
     "v": "values only",
     "x": "attention inputs",
-    "e": "encoder output",
+    "e": "encoder output, one cache for all layers",
+    "h": "keys of the first cross-attention layer, one cache for all layers",
 }
-_OPTIONS = {"kv": 0, "k": 2, "v": 2, "x": 2, "e": 2}  # the default; 0 = the basis has no option
+_OPTIONS = {
+    "kv": 0,
+    "k": 2,
+    "kr": 2,
+    "v": 2,
+    "x": 2,
+    "e": 2,
+    "h": 2,
+}  # the default; 0 = the basis has no option
 _FORM = re.compile(
     r"(?P<basis>[a-z]+)(?P<option>\d?):(?P<codec>[a-z][a-z0-9_-]*)"
     r"(?:/(?P<group>\d+))?(?:\+(?P<extra>\d+))?(?:@(?P<softmax>[a-z][a-z0-9_().,-]*))?"
@@ -33,13 +43,13 @@ class Scheme:
     """What is cached, how it is stored and how its scores are weighed. Hashable; ``str`` gives the grammar.
 
     Attributes:
-        basis: "kv", "k", "v", "x" or "e".
+        basis: a name in ``BASES``.
         option: 1 (rebuild) or 2 (absorb); 0 for kv, which lacks nothing.
         codec: a name that ``slimjax.codec`` knows.
         bits: bits per value where the codec offers a choice, such as "4" or "2-4" (mixed); else None.
         group: tokens or values per quantisation group; None for the codec's default.
-        extra: R, extra cached coordinates per token (k only).
-        softmax: "exact" or another weighing.
+        extra: R, extra cached coordinates per token (k and kr only).
+        softmax: "exact", or another name of ``slimjax.attention.softmax`` with its numbers, "sparse(1e-4)".
     """
 
     basis: str
@@ -59,8 +69,8 @@ class Scheme:
             raise ValueError(f"basis {self.basis!r} has no option {self.option}")
         if self.group is not None and self.group < 1:
             raise ValueError(f"a group has at least one member, not {self.group}")
-        if self.extra and self.basis != "k":
-            raise ValueError(f"+{self.extra} extra coordinates belong to basis k, not {self.basis!r}")
+        if self.extra and self.basis not in ("k", "kr"):
+            raise ValueError(f"+{self.extra} extra coordinates belong to basis k or kr, not {self.basis!r}")
 
     def __str__(self) -> str:
         option = "" if self.option == _OPTIONS[self.basis] else str(self.option)
@@ -79,7 +89,7 @@ def suggest(name: str, known: Collection[str]) -> str:
 
 def parse_scheme(text: str) -> Scheme:
     """One scheme from its text. Raises ValueError naming the part that is wrong and what is known."""
-    from slimjax.attention.softmax import SOFTMAXES  # the registries import Scheme's users
+    from slimjax.attention.softmax import softmax_of  # the registries import Scheme's users
     from slimjax.cache.codecs import CODECS, codec_of
 
     match = _FORM.fullmatch(text.strip())
@@ -100,8 +110,7 @@ def parse_scheme(text: str) -> Scheme:
             softmax=part["softmax"] or "exact",
         )
         codec_of(scheme)
-        if scheme.softmax not in SOFTMAXES:
-            raise ValueError(f"unknown softmax {scheme.softmax!r}{suggest(scheme.softmax, SOFTMAXES)}")
+        softmax_of(scheme.softmax)
     except ValueError as error:
         raise ValueError(f"scheme {text!r}: {error}") from None
     return scheme

@@ -84,7 +84,7 @@ def test_singular_weights_are_refused_by_name(basis, name):
     array = case.arrays[name].copy()
     array[:, 0] = array[:, 1]  # two equal heads
     broken = dataclasses.replace(case.projections, **{name: jnp.asarray(array, "float32")})
-    with pytest.raises(NotImplementedError, match=r"decoder\.7: W_. is singular .* use basis x or kv"):
+    with pytest.raises(NotImplementedError, match=r"decoder\.7: W_. is singular .* use .*basis x or kv"):
         convert(broken, case.spec, layer="decoder.7")
     kv = dataclasses.replace(case.spec, scheme=dataclasses.replace(case.spec.scheme, basis="kv", option=0))
     convert(broken, kv)

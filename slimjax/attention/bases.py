@@ -5,7 +5,7 @@ from typing import Protocol
 
 from jaxtyping import Array, Int
 
-from slimjax.attention import k, kv, v, x
+from slimjax.attention import e, h, k, kr, kv, v, x
 from slimjax.attention.projections import DecodeWeights, Projections
 from slimjax.attention.reference import Geometry
 from slimjax.axes import Inputs, Queries
@@ -25,7 +25,12 @@ class Basis(Protocol):
         ...
 
     def rows(
-        self, x: Inputs, projections: Projections, positions: Int[Array, "B T"], spec: DecodeSpec
+        self,
+        x: Inputs,
+        projections: Projections,
+        weights: DecodeWeights,
+        positions: Int[Array, "B T"],
+        spec: DecodeSpec,
     ) -> Mapping[str, Array]:
         """What is cached of new tokens at ``positions``, [B, T, heads, size] per stream, unrounded."""
         ...
@@ -42,7 +47,7 @@ class Basis(Protocol):
         ...
 
 
-BASES: dict[str, Basis] = {"kv": kv, "k": k, "v": v, "x": x}
+BASES: dict[str, Basis] = {"kv": kv, "k": k, "kr": kr, "v": v, "x": x, "e": e, "h": h}
 
 
 def basis(spec: DecodeSpec) -> Basis:

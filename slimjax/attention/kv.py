@@ -24,7 +24,11 @@ def streams(spec: DecodeSpec) -> Streams:
 
 @typed
 def rows(
-    x: Inputs, projections: Projections, positions: Int[Array, "B T"], spec: DecodeSpec
+    x: Inputs,
+    projections: Projections,
+    weights: DecodeWeights,
+    positions: Int[Array, "B T"],
+    spec: DecodeSpec,
 ) -> dict[str, Float[Array, "B T K H"]]:
     """What is cached of new tokens: their rotated keys and their values, unrounded."""
     k = project(x, projections.wk, projections.bk, spec.accumulation)

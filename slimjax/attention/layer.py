@@ -95,7 +95,7 @@ def prefill(
         raise ValueError(f"prefill needs an empty cache, this one holds {cache.length.tolist()} tokens")
     out = attend_full(x, layer.projections, layer.spec, length=count)
     out = jnp.where(held[:, None, None], jnp.full_like(out, jnp.nan), out)
-    return out, _append(x, layer, cache, count)
+    return out, append_rows(x, layer, cache, count)
 
 
 @typed
@@ -115,13 +115,13 @@ def attend_cached(
     """
     spec = layer.spec
     q = project(x, layer.projections.wq, layer.projections.bq, spec.dtype).astype(spec.dtype)
-    longer = _append(x, layer, cache, count)
+    longer = append_rows(x, layer, cache, count)
     out = decode(q, longer, layer.weights, spec, start=cache.length)
     return project_out(out, layer.projections.wo, layer.projections.bo, spec.dtype), longer
 
 
-def _append(x: Inputs, layer: CachedAttention, cache: Cache, count: Lengths | None) -> Cache:
+def append_rows(x: Inputs, layer: CachedAttention, cache: Cache, count: Lengths | None) -> Cache:
     """The cache with the rows of x behind what it held."""
     positions = cache.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
-    rows = basis(layer.spec).rows(x, layer.projections, positions, layer.spec)
+    rows = basis(layer.spec).rows(x, layer.projections, layer.weights, positions, layer.spec)
     return append(cache, rows, codec_of(layer.spec.scheme), count)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slimjax.attention import masks, positions
 from slimjax.attention.positions import BiasParameters, rotate
-from slimjax.attention.softmax import SOFTMAXES
+from slimjax.attention.softmax import softmax_of
 from slimjax.axes import Keys, Lengths, Queries, Scores, Values, typed
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import einsum
@@ -69,7 +69,7 @@ def weights(raw: Scores, where: Geometry, spec: DecodeSpec) -> Scores:
         value = spec.softcap * jnp.tanh(value / spec.softcap)
     if where.bias is not None:
         value = value + where.bias
-    return SOFTMAXES[spec.scheme.softmax](value, where.mask).astype(spec.dtype)
+    return softmax_of(spec.scheme.softmax)(value, where.mask).astype(spec.dtype)
 
 
 @typed

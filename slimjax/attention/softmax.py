@@ -1,5 +1,8 @@
 """How scores become weights: one entry per name of the scheme grammar's ``@softmax`` part."""
 
+import functools
+import math
+import re
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -7,6 +10,9 @@ from jaxtyping import Array, Bool
 
 from slimjax.axes import Scores, typed
 from slimjax.numerics import MASK
+from slimjax.scheme import suggest
+
+Softmax = Callable[[Scores, Bool[Array, "B #N T S"]], Scores]
 
 
 @typed
@@ -19,4 +25,47 @@ def exact(scores: Scores, mask: Bool[Array, "B #N T S"]) -> Scores:
     return weight / jnp.where(total == 0, jnp.ones_like(total), total)
 
 
-SOFTMAXES: dict[str, Callable[..., Scores]] = {"exact": exact}
+def sparse(threshold: float) -> Softmax:
+    """Exact weights, those below ``threshold`` replaced by 0 and the rest left as they are.
+
+    The row of such a key need not be read, un-rotated or multiplied (arXiv 2503.05840, "softmax sparsity"):
+    ``attention.sparsity`` counts them. The weights then sum to less than 1, by at most S * threshold.
+
+    Raises:
+        ValueError: a threshold outside [0, 1).
+    """
+    if not 0 <= threshold < 1:
+        raise ValueError(f"sparse({threshold}): a threshold of softmax weights lies in [0, 1)")
+
+    def weigh(scores: Scores, mask: Bool[Array, "B #N T S"]) -> Scores:
+        weight = exact(scores, mask)
+        return jnp.where(weight < threshold, jnp.zeros_like(weight), weight)
+
+    return weigh
+
+
+# name -> a function of the numbers in parentheses, none where there are none.
+SOFTMAXES: dict[str, Callable[..., Softmax]] = {"exact": lambda: exact, "sparse": sparse}
+
+
+@functools.cache
+def softmax_of(text: str) -> Softmax:
+    """The softmax that ``name`` or ``name(number, ...)`` calls.
+
+    Raises:
+        ValueError: an unknown name (the nearest is named), text that is not of that form, or numbers that
+            the softmax does not take.
+    """
+    match = re.fullmatch(r"([a-z][a-z0-9_]*)(?:\(([^()]*)\))?", text)
+    if match is None or match[1] not in SOFTMAXES:
+        raise ValueError(f"unknown softmax {text!r}{suggest(text, SOFTMAXES)}")
+    try:
+        numbers = [float(part) for part in match[2].split(",")] if match[2] else []
+    except ValueError:
+        raise ValueError(f"softmax {text!r}: expected numbers in the parentheses") from None
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"softmax {text!r}: expected finite numbers")
+    try:
+        return SOFTMAXES[match[1]](*numbers)
+    except TypeError:
+        raise ValueError(f"softmax {text!r}: {match[1]} does not take {len(numbers)} numbers") from None

@@ -36,7 +36,11 @@ def streams(spec: DecodeSpec) -> Streams:
 
 @typed
 def rows(
-    x: Inputs, projections: Projections, positions: Int[Array, "B T"], spec: DecodeSpec
+    x: Inputs,
+    projections: Projections,
+    weights: DecodeWeights,
+    positions: Int[Array, "B T"],
+    spec: DecodeSpec,
 ) -> dict[str, Float[Array, "B T K H"]]:
     """What is cached of new tokens: x W_V, unrounded."""
     return {"v": project(x, projections.wv, None, spec.accumulation)}

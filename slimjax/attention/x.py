@@ -33,7 +33,11 @@ def streams(spec: DecodeSpec) -> Streams:
 
 @typed
 def rows(
-    x: Inputs, projections: Projections, positions: Int[Array, "B T"], spec: DecodeSpec
+    x: Inputs,
+    projections: Projections,
+    weights: DecodeWeights,
+    positions: Int[Array, "B T"],
+    spec: DecodeSpec,
 ) -> dict[str, Float[Array, "B T 1 D"]]:
     """What is cached of new tokens: x itself."""
     return {"x": x.astype(spec.accumulation)[:, :, None, :]}

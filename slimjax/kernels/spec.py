@@ -74,11 +74,24 @@ class DecodeSpec:
 
 
 def too_narrow(spec: DecodeSpec, cached: str, missing: str) -> str | None:
-    """Why rows of width E cannot stand in for what is missing, or None: they determine it only if E >= D."""
-    if spec.key_width >= spec.width:
-        return None
+    """Why rows of E values, and the scheme's R extra ones, cannot stand in for what is missing, or None.
+
+    They determine it only if E + R >= D, and save memory only if E + R < 2*E: so E > D/2, and E >= D
+    without extra coordinates.
+    """
+    wide, extra, lacking = spec.key_width, spec.scheme.extra, spec.width - spec.key_width
     kind = "GQA or MQA: " if spec.kv_heads < spec.heads else ""
-    return (
-        f"{kind}{cached} of width E = {spec.key_width} do not determine {missing} of inputs of width "
-        f"D = {spec.width}; use kv or x"
-    )
+    if wide + extra < spec.width:
+        more = f" and {extra} extra coordinates" if extra else ""
+        use = (
+            f"add +{lacking} or more, or use kv or x"
+            if cached == "keys" and lacking < wide
+            else "use kv or x"
+        )
+        return (
+            f"{kind}{cached} of width E = {wide}{more} do not determine {missing} of inputs of width "
+            f"D = {spec.width}; {use}"
+        )
+    if extra >= wide:
+        return f"{kind}{wide} keys and {extra} extra coordinates are no fewer than the 2*E of kv; use kv or x"
+    return None

@@ -12,8 +12,9 @@ from slimjax.attention.projections import DecodeWeights, Projections
 from slimjax.cache import codec_of
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import relative_l2
+from slimjax.solve.augment import Solution, augmented, exact_solution
 from slimjax.solve.fold import fold_value_bias, key_bias_matters
-from slimjax.solve.linear import condition_number, noise_gain, solve_map
+from slimjax.solve.linear import condition_number, noise_gain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,8 @@ class Figures:
     """What is known of a converted layer before any data is seen; None where nothing is solved for.
 
     Attributes:
-        condition_number: of the matrix that is inverted, W_K for basis k, W_V for basis v.
+        condition_number: of the matrix that is inverted: [W_K, U] for bases k and kr, W_V for basis v, the
+            first layer's W_K for basis h.
         noise_gain: how the cache's relative rounding error grows on its way to what is rebuilt.
         predicted_error: relative L2 error of what is rebuilt (V for k, K for v) when white Gaussian
             inputs are projected, encoded by the scheme's codec, decoded and mapped back.
@@ -40,13 +42,23 @@ class Converted:
     figures: Figures
 
 
-def convert(projections: Projections, spec: DecodeSpec, *, layer: str = "layer") -> Converted:
+def convert(
+    projections: Projections,
+    spec: DecodeSpec,
+    *,
+    layer: str = "layer",
+    solution: Solution | None = None,
+    first: Projections | None = None,
+) -> Converted:
     """Solve for what the scheme's basis needs, in float64 on the host, and fold the value bias away.
 
     Args:
         projections: concrete weights (not traced), any float dtype; the solve uses exactly these values.
         spec: the scheme and the layer's geometry.
         layer: the layer's name, for messages.
+        solution: for bases k and kr, a map found elsewhere (from calibration data); None: the exact one,
+            with the scheme's extra coordinates in the directions that W_K sees least.
+        first: for basis h, the projections of the layer that fills the cache; None: this one.
 
     Returns:
         The converted layer. W_KV or W_VK is float32 (float64 under a float64 spec), whatever the weights.
@@ -54,7 +66,7 @@ def convert(projections: Projections, spec: DecodeSpec, *, layer: str = "layer")
     Raises:
         NotImplementedError: the scheme cannot serve this layer, singular W_K included; the message names
             the layer, the reason and what to use instead.
-        ValueError: weights that are not finite, or do not have the spec's shapes.
+        ValueError: weights that are not finite, or do not have the spec's shapes; a solution of another R.
     """
     _check(projections, spec, layer)
     try:
@@ -65,11 +77,26 @@ def convert(projections: Projections, spec: DecodeSpec, *, layer: str = "layer")
     fields: dict[str, jax.Array | None] = {}
     figures = Figures()
     name = spec.scheme.basis
-    if name in ("k", "v"):
-        wk, wv = _flat(projections.wk), _flat(projections.wv)
-        solved, figures = _solve(wk, wv, spec, layer) if name == "k" else _solve(wv, wk, spec, layer)
-        fields["w_kv" if name == "k" else "w_vk"] = solved
-    elif name == "x":
+    wk, wv = _flat(projections.wk), _flat(projections.wv)
+    if name in ("k", "kr"):
+        found = solution or _exact(wk, wv, spec, layer)
+        if found.rank != spec.scheme.extra:
+            raise ValueError(f"{layer}: a solution with R = {found.rank} for scheme {spec.scheme}")
+        fields |= {"w_kv": _heads(found.weight, spec), "extra": _device(found.extra, spec)}
+        figures = _figures(wk, wv, found, spec)
+    elif name == "v":
+        found = _exact(wv, wk, spec, layer)
+        fields["w_vk"] = _heads(found.weight, spec)
+        figures = _figures(wv, wk, found, spec)
+    elif name == "h":
+        source = wk if first is None else _flat(first.wk)
+        both = _exact(source, np.concatenate([wk, wv], axis=1), spec, layer)
+        fields |= {
+            "wk": _heads(both.weight[:, : spec.key_width], spec),
+            "wv": _heads(both.weight[:, spec.key_width :], spec),
+        }
+        figures = _figures(source, np.concatenate([wk, wv], axis=1), both, spec)
+    elif name in ("x", "e"):
         fields |= {"wk": projections.wk, "wv": projections.wv}
     if name != "kv" and key_bias_matters(spec):
         fields["k_bias"] = projections.bk
@@ -105,32 +132,54 @@ def _check(projections: Projections, spec: DecodeSpec, layer: str) -> None:
             raise ValueError(f"{layer}: {name} holds values that are not finite")
 
 
-def _solve(source: np.ndarray, target: np.ndarray, spec: DecodeSpec, layer: str) -> tuple[jax.Array, Figures]:
-    """The map from cached rows to missing ones, [E, K, H], and its figures."""
-    lacking, cached = ("values", "W_K") if spec.scheme.basis == "k" else ("keys", "W_V")
-    condition = condition_number(source)
+def _exact(source: np.ndarray, target: np.ndarray, spec: DecodeSpec, layer: str) -> Solution:
+    """The exact map from cached rows to missing ones. Raises NotImplementedError where none is left of it."""
+    found = exact_solution(source, target, spec.scheme.extra)
+    condition = condition_number(augmented(source, found.extra))
     # Once cond * eps reaches 1, a solve kept in the accumulation dtype has no correct digit left.
     limit = 1.0 / float(np.finfo(spec.accumulation).eps)
     if not condition < limit:
+        cached, lacking = ("W_V", "keys") if spec.scheme.basis == "v" else ("W_K", "values")
+        more = "extra coordinates (such as k:int16+16), or " if spec.scheme.basis in ("k", "kr") else ""
         raise NotImplementedError(
             f"{layer}: {cached} is singular to working precision (condition number {condition:.1e}, limit "
-            f"{limit:.1e}), so {lacking} cannot be rebuilt from it; use basis x or kv"
+            f"{limit:.1e}), so {lacking} cannot be rebuilt from it; use {more}basis x or kv"
         )
-    solved = solve_map(source, target)
-    figures = Figures(
-        condition_number=condition,
-        noise_gain=noise_gain(source, solved, target),
-        predicted_error=_predict(source, solved, target, spec),
+    return found
+
+
+def _heads(weight: np.ndarray, spec: DecodeSpec) -> jax.Array:
+    """[., E] on the host to [., K, H] on the device, in the accumulation dtype."""
+    return jnp.asarray(weight.reshape(-1, spec.kv_heads, spec.head_dim).astype(spec.accumulation))
+
+
+def _device(array: np.ndarray | None, spec: DecodeSpec) -> jax.Array | None:
+    return None if array is None else jnp.asarray(array.astype(spec.accumulation))
+
+
+def _figures(source: np.ndarray, target: np.ndarray, found: Solution, spec: DecodeSpec) -> Figures:
+    whole = augmented(source, found.extra)
+    return Figures(
+        condition_number=condition_number(whole),
+        noise_gain=noise_gain(whole, found.weight, target),
+        predicted_error=_predict(whole, found, target, spec),
     )
-    weight = solved.reshape(-1, spec.kv_heads, spec.head_dim).astype(spec.accumulation)
-    return jnp.asarray(weight), figures
 
 
-def _predict(source: np.ndarray, solved: np.ndarray, target: np.ndarray, spec: DecodeSpec) -> float:
+def _predict(whole: np.ndarray, found: Solution, target: np.ndarray, spec: DecodeSpec) -> float:
     """Relative L2 error of what is rebuilt from the encoded rows of 256 white Gaussian inputs."""
-    inputs = np.random.default_rng(0).standard_normal((256, source.shape[0]))
-    rows = jnp.asarray((inputs @ source).astype(spec.accumulation))
-    codec = codec_of(spec.scheme)
-    rows = rows.reshape(1, 256, spec.kv_heads, spec.head_dim)
-    decoded = np.asarray(codec.decode(codec.encode(rows))).astype(np.float64).reshape(256, -1)
-    return relative_l2(decoded @ solved, inputs @ target)
+    inputs = np.random.default_rng(0).standard_normal((256, whole.shape[0]))
+    decoded = stored(inputs @ whole, spec)
+    return relative_l2(decoded @ found.weight, inputs @ target)
+
+
+def stored(rows: np.ndarray, spec: DecodeSpec) -> np.ndarray:
+    """Rows [S, E+R] of basis k (or v) as the cache gives them back: each stream through the codec; float64."""
+    codec, split = codec_of(spec.scheme), rows.shape[1] - spec.scheme.extra
+
+    def through(part: np.ndarray, heads: int) -> np.ndarray:
+        shaped = jnp.asarray(part.astype(spec.accumulation)).reshape(1, len(part), heads, -1)
+        return np.asarray(codec.decode(codec.encode(shaped))).astype(np.float64).reshape(part.shape)
+
+    keys = through(rows[:, :split], spec.kv_heads)
+    return np.concatenate([keys, through(rows[:, split:], 1)], axis=1) if spec.scheme.extra else keys

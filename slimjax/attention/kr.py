@@ -1,0 +1,56 @@
+"""Basis kr: keys only, cached after RoPE; rows are un-rotated where their value counts (arXiv 2503.05840, RoPE).
+
+The scores read the cache as it is. The value side needs K before RoPE, so a row is turned back, but only if
+its weight survives the softmax's threshold (``@sparse(...)``): one head is enough under either option, since
+a row holds all heads' keys. ``attention.sparsity`` counts how many rows that spares.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from slimjax.attention.k import extra_rows, streams, values
+from slimjax.attention.positions import rotate, unrotate
+from slimjax.attention.projections import DecodeWeights, Projections, project
+from slimjax.attention.reference import Geometry, scores, weights as score_weights
+from slimjax.axes import Inputs, Queries, typed
+from slimjax.kernels.spec import DecodeSpec, too_narrow
+
+__all__ = ["attend", "refusal", "rows", "streams"]
+
+
+def refusal(spec: DecodeSpec) -> str | None:
+    """Why this spec cannot use the basis, or None."""
+    if not spec.position.rotary:
+        return f"position scheme {spec.position.kind!r} rotates no keys; use k"
+    return too_narrow(spec, "keys", "values")
+
+
+@typed
+def rows(
+    x: Inputs,
+    projections: Projections,
+    weights: DecodeWeights,
+    positions: Int[Array, "B T"],
+    spec: DecodeSpec,
+) -> dict[str, Float[Array, "B T _ _"]]:
+    """What is cached of new tokens: their rotated keys, bias included, and x U; unrounded."""
+    keys = project(x, projections.wk, projections.bk, spec.accumulation)
+    return {"k": rotate(keys, positions, spec.position)} | extra_rows(x, weights, spec)
+
+
+@typed
+def attend(
+    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
+) -> Queries:
+    """Scores from the rows as cached; values from the surviving rows, turned back."""
+    rotated = cached["k"]
+    turned = rotate(q, where.query_positions, spec.position).astype(spec.dtype).astype(rotated.dtype)
+    p = score_weights(scores(turned, rotated), where, spec)
+    keys = unrotate(rotated, where.key_positions[None], spec.position)
+    if weights.k_bias is not None:
+        keys = keys - weights.k_bias.astype(keys.dtype)[None, None]
+    survives = jnp.any(p > 0, axis=(1, 2))[:, :, None, None]
+    keys = jnp.where(survives, keys, jnp.zeros_like(keys))
+    return values(p, keys, cached.get("r"), weights, spec)
