@@ -1,6 +1,7 @@
 """Making a trained layer ready for a cache scheme, with the figures that say how well it will do."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 from slimjax.attention.bases import basis
 from slimjax.attention.layer import CachedAttention
 from slimjax.attention.projections import DecodeWeights, Projections
-from slimjax.cache import codec_of
+from slimjax.cache import Codec, codec_of
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import relative_l2
 from slimjax.solve.augment import Solution, augmented, exact_solution
@@ -175,11 +176,19 @@ def _predict(whole: np.ndarray, found: Solution, target: np.ndarray, spec: Decod
 
 def stored(rows: np.ndarray, spec: DecodeSpec) -> np.ndarray:
     """Rows [S, E+R] of basis k (or v) as the cache gives them back: each stream through the codec; float64."""
-    codec, split = codec_of(spec.scheme), rows.shape[1] - spec.scheme.extra
+    split = rows.shape[1] - spec.scheme.extra
+    keys = through_codec(rows[:, :split], spec, spec.kv_heads)
+    if not spec.scheme.extra:
+        return keys
+    return np.concatenate([keys, through_codec(rows[:, split:], spec, 1)], axis=1)
 
-    def through(part: np.ndarray, heads: int) -> np.ndarray:
-        shaped = jnp.asarray(part.astype(spec.accumulation)).reshape(1, len(part), heads, -1)
-        return np.asarray(codec.decode(codec.encode(shaped))).astype(np.float64).reshape(part.shape)
 
-    keys = through(rows[:, :split], spec.kv_heads)
-    return np.concatenate([keys, through(rows[:, split:], 1)], axis=1) if spec.scheme.extra else keys
+def through_codec(rows: np.ndarray, spec: DecodeSpec, heads: int) -> np.ndarray:
+    """Rows [S, heads*.] of one stream, encoded and decoded; float64."""
+    shaped = jnp.asarray(rows.astype(spec.accumulation)).reshape(1, len(rows), heads, -1)
+    return np.asarray(_round_trip(shaped, codec_of(spec.scheme))).astype(np.float64).reshape(rows.shape)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _round_trip(rows: jax.Array, codec: Codec) -> jax.Array:
+    return codec.decode(codec.encode(rows))

@@ -1,0 +1,160 @@
+"""What one attention layer could cache, with the error and the bytes of each way: the planner's menu."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from slimjax.attention.bases import basis
+from slimjax.attention.projections import Projections
+from slimjax.cache import codec_of
+from slimjax.kernels.spec import DecodeSpec
+from slimjax.numerics import relative_l2
+from slimjax.scheme import Scheme
+from slimjax.solve.augment import Solution, augmented
+from slimjax.solve.calibrate import Calibration
+from slimjax.solve.convert import convert, stored, through_codec
+from slimjax.solve.fit import fit
+from slimjax.solve.linear import condition_number, solve_map
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """An attention layer to be planned for.
+
+    Attributes:
+        name: such as "decoder.3.cross".
+        projections: as trained.
+        spec: its geometry, under any scheme.
+        bytes_per_weight: of the stored projections, 2 for a model kept in 16 bits.
+    """
+
+    name: str
+    projections: Projections
+    spec: DecodeSpec
+    bytes_per_weight: int = 2
+
+    def under(self, scheme: Scheme) -> DecodeSpec:
+        """The layer's spec with another scheme."""
+        return dataclasses.replace(self.spec, scheme=scheme)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """W_K, float64 [D, E]."""
+        return np.asarray(self.projections.wk).astype(np.float64).reshape(self.spec.width, -1)
+
+    @property
+    def values(self) -> np.ndarray:
+        """W_V, float64 [D, E]."""
+        return np.asarray(self.projections.wv).astype(np.float64).reshape(self.spec.width, -1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Option:
+    """One scheme on one layer.
+
+    Attributes:
+        scheme: the scheme.
+        error: relative L2 error of keys or values, whichever is larger, as the attention reads them: on
+            held-out inputs, or predicted for white ones where there is no calibration.
+        calibration_error: the same on inputs that were fitted on; None where nothing was fitted.
+        exact_error: the held-out error of the exact inverse; None where nothing is inverted.
+        bytes_per_token: of the cache.
+        weight_bytes: read at every step beyond what a KV cache's layer reads (W_KV and U in float32 against
+            the W_V that is not needed); what a small batch times context does not earn back.
+        condition_number: of what is inverted, or None.
+        how: the way the map was found.
+        solution: the map, where it came from calibration.
+        refused: why the layer cannot use the scheme; then there are no figures.
+    """
+
+    scheme: Scheme
+    error: float = float("inf")
+    calibration_error: float | None = None
+    exact_error: float | None = None
+    bytes_per_token: int = 0
+    weight_bytes: int = 0
+    condition_number: float | None = None
+    how: str = ""
+    solution: Solution | None = None
+    refused: str | None = None
+
+
+def menu(layer: Layer, schemes: Sequence[Scheme], calibration: Calibration | None) -> tuple[Option, ...]:
+    """Every scheme on this layer, measured on the calibration's rows or predicted without."""
+    return tuple(option(layer, scheme, calibration) for scheme in schemes)
+
+
+def option(layer: Layer, scheme: Scheme, calibration: Calibration | None) -> Option:
+    """One scheme on this layer; what cannot be is an option with a reason."""
+    spec = layer.under(scheme)
+    try:
+        streams = basis(spec).streams(spec)
+        if scheme.basis in ("k", "kr"):
+            found = _from_keys(layer, spec, calibration)
+        else:
+            found = _read_back(layer, spec, calibration)
+    except NotImplementedError as refusal:
+        return Option(scheme=scheme, refused=str(refusal))
+    codec = codec_of(scheme)
+    size = sum(codec.nbytes((1, 1, heads, width)) for heads, width in streams.values())
+    return dataclasses.replace(found, bytes_per_token=size, weight_bytes=weight_bytes(layer, spec))
+
+
+def weight_bytes(layer: Layer, spec: DecodeSpec) -> int:
+    """Bytes of weights that a decode step reads beyond those of the same layer with a KV cache."""
+    wide, extra, width = spec.key_width, spec.scheme.extra, spec.width
+    plain = width * wide * layer.bytes_per_weight
+    if spec.scheme.basis in ("k", "kr"):
+        return (wide + extra) * wide * 4 + width * extra * 4 - plain
+    return wide * wide * 4 - plain if spec.scheme.basis == "v" else 0
+
+
+def _from_keys(layer: Layer, spec: DecodeSpec, calibration: Calibration | None) -> Option:
+    """Bases k and kr: the error of V, and that of the keys themselves."""
+    if calibration is None:
+        figures = convert(layer.projections, spec, layer=layer.name).figures
+        assert figures.predicted_error is not None  # basis k always predicts
+        return Option(
+            scheme=spec.scheme,
+            error=figures.predicted_error,
+            condition_number=figures.condition_number,
+            how="exact, without calibration",
+        )
+    basis(spec)
+    found = fit(layer.keys, layer.values, spec, calibration)
+    rows = np.asarray(calibration.held_out, np.float64) @ augmented(layer.keys, found.solution.extra)
+    width = spec.key_width
+    keys = relative_l2(stored(rows, spec)[:, :width], rows[:, :width])
+    return Option(
+        scheme=spec.scheme,
+        error=max(found.held_out, keys),
+        calibration_error=found.calibration,
+        exact_error=found.exact,
+        condition_number=condition_number(augmented(layer.keys, found.solution.extra)),
+        how=found.solution.how,
+        solution=found.solution,
+    )
+
+
+def _read_back(layer: Layer, spec: DecodeSpec, calibration: Calibration | None) -> Option:
+    """The other bases: what the codec does to keys and values, or to what they are made of."""
+    if calibration is None:
+        inputs = np.random.default_rng(0).standard_normal((256, spec.width))
+    else:
+        inputs = np.asarray(calibration.held_out, np.float64)
+    keys, values = inputs @ layer.keys, inputs @ layer.values
+    name, condition = spec.scheme.basis, None
+    if name == "kv":
+        got = through_codec(keys, spec, spec.kv_heads), through_codec(values, spec, spec.kv_heads)
+    elif name in ("x", "e"):
+        read = through_codec(inputs, spec, 1)
+        got = read @ layer.keys, read @ layer.values
+    elif name == "v":
+        condition = condition_number(layer.values)
+        read = through_codec(values, spec, spec.kv_heads)
+        got = read @ solve_map(layer.values, layer.keys).astype(spec.accumulation), read
+    else:
+        raise NotImplementedError(f"{layer.name}: basis {name!r} is chosen for all layers together")
+    error = max(relative_l2(got[0], keys), relative_l2(got[1], values))
+    return Option(scheme=spec.scheme, error=error, condition_number=condition, how="as stored")
