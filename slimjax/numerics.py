@@ -1,5 +1,6 @@
 """The one mask constant, the one matrix product, error metrics, and tolerances with their reasons."""
 
+import functools
 import math
 
 import jax
@@ -23,13 +24,62 @@ def einsum(subscripts: str, *operands: Array) -> Array:
     A float32 product left at jax's default is rounded to bfloat16 on TPU and TF32 on recent GPUs, and
     V = K W_KV multiplies that by its noise gain, which no CPU run would show. So ``HIGHEST``, always; who
     wants a bfloat16 product passes bfloat16 operands, for which ``HIGHEST`` changes nothing.
+
+    Of two operands the derivative is stated too (reverse mode alone): it is the same sum, in an order of its
+    factors that spares XLA a transposed copy of the larger one.
     """
+    if len(operands) == 2 and _bilinear(subscripts):
+        return _product(subscripts, *operands)
+    return _contract(subscripts, *operands)
+
+
+def _contract(subscripts: str, *operands: Array) -> Array:
     return jnp.einsum(
         subscripts,
         *operands,
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=accumulation_dtype(operands[0].dtype),
     )
+
+
+def _bilinear(subscripts: str) -> bool:
+    """Whether each operand's derivative is the einsum of the other one and the result's."""
+    operands, out = subscripts.split("->")
+    first, second = operands.split(",")
+    return all(
+        len(set(part)) == len(part) and set(part) <= set(others)
+        for part, others in ((first, second + out), (second, first + out))
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(subscripts: str, first: Array, second: Array) -> Array:
+    return _contract(subscripts, first, second)
+
+
+def _product_forward(subscripts: str, first: Array, second: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _contract(subscripts, first, second), (first, second)
+
+
+def _product_backward(subscripts: str, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """XLA transposes the left factor of a sum over leading axes, as that for a weight is: the smaller, then.
+
+    Left to itself jax puts the gradient there, and XLA computes it anew, a column at a time: on CPU that took
+    as long as the products.
+    """
+    inputs, out = subscripts.split("->")
+    left, right = inputs.split(",")
+    # Both in the wider dtype, which is exact: a gradient is in the dtype of sums.
+    first, second = (operand.astype(gradient.dtype) for operand in operands)
+    to_first = _contract(f"{out},{right}->{left}", gradient, second)
+    if first.size <= gradient.size:
+        to_second = _contract(f"{left},{out}->{right}", first, gradient)
+    else:
+        to_second = _contract(f"{out},{left}->{right}", gradient, first)
+    return to_first.astype(operands[0].dtype), to_second.astype(operands[1].dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _pair(value: jax.typing.ArrayLike, reference: jax.typing.ArrayLike) -> tuple[np.ndarray, np.ndarray]:

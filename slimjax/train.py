@@ -205,6 +205,13 @@ def _graph(config: ModelConfig) -> nnx.GraphDef:
 def _compiled_step(
     model_config: ModelConfig, config: TrainConfig
 ) -> Callable[[TrainState, np.ndarray], tuple[TrainState, Array]]:
+    return jax.jit(train_step(model_config, config), donate_argnums=0)
+
+
+def train_step(
+    model_config: ModelConfig, config: TrainConfig
+) -> Callable[[TrainState, Int[Array, "B T"]], tuple[TrainState, Array]]:
+    """One step, not compiled: a state and a batch of tokens [B, T+1] to the next state and the loss before it."""
     graph, optimizer = _graph(model_config), _optimizer(config)
 
     def objective(params: nnx.State, tokens: Int[Array, "B T"]) -> tuple[Array, Array]:
@@ -224,7 +231,7 @@ def _compiled_step(
         loss_sum = jnp.where(state.step % config.log_every == 0, jnp.zeros_like(loss), state.loss_sum) + loss
         return TrainState(params=params, opt_state=opt_state, step=state.step + 1, loss_sum=loss_sum), loss
 
-    return jax.jit(step, donate_argnums=0)
+    return step
 
 
 def _mean_gradient(

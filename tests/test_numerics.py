@@ -1,5 +1,6 @@
 """Metrics against closed forms."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,3 +46,33 @@ def test_tolerance_grows_with_what_it_is_derived_from():
     eps = np.finfo(np.float32).eps
     assert numerics.tolerance("float32", size=64, gain=10.0) == pytest.approx(eps * (1 + 8 / 2 * 10))
     assert numerics.tolerance("bfloat16") == pytest.approx(2**-7, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "first", "second"),
+    [
+        ("btd,df->btf", (2, 3, 4), (4, 5)),
+        ("btd,df->btf", (2, 3, 8), (8, 2)),
+        ("btkgh,bskh->bkgts", (2, 3, 2, 2, 4), (2, 5, 2, 4)),
+        ("bkgts,bskh->btkgh", (2, 2, 2, 3, 5), (2, 5, 2, 4)),
+        ("de,df->ef", (3, 4), (3, 2)),
+        ("btkgh,kh->bkgt", (2, 3, 2, 2, 4), (2, 4)),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_stated_derivative_of_a_product_is_the_derivative(subscripts, first, second, dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    a, b = (
+        jax.random.normal(key, size).astype(dtype) for key, size in zip(keys, (first, second), strict=False)
+    )
+    out, stated = jax.vjp(lambda *pair: numerics.einsum(subscripts, *pair), a, b)
+    same, derived = jax.vjp(
+        lambda *pair: jnp.einsum(subscripts, *pair, precision="highest"),
+        a.astype("float32"),
+        b.astype("float32"),
+    )
+    assert numerics.relative_l2(out, same) < 1e-6
+    g = jax.random.normal(keys[2], out.shape)
+    for mine, theirs, operand in zip(stated(g), derived(g), (a, b), strict=True):
+        assert mine.dtype == operand.dtype
+        assert numerics.relative_l2(mine, theirs) < {"float32": 1e-6, "bfloat16": 1e-2}[dtype]

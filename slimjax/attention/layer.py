@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool
 from slimjax.attention.bases import basis
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project, project_out
-from slimjax.attention.reference import attend, geometry
+from slimjax.attention.reference import attend, causal_blocks, geometry
 from slimjax.axes import Inputs, Lengths, typed
 from slimjax.cache import Cache, append, codec_of, empty
 from slimjax.kernels.api import decode
@@ -56,12 +56,15 @@ def attend_full(
     everywhere = jnp.broadcast_to(positions[None], (batch, tokens))
     held = jnp.full((batch,), tokens, jnp.int32) if length is None else length
     q = project(x, projections.wq, projections.bq, spec.dtype)
-    k = rotate(project(x, projections.wk, projections.bk, spec.dtype), everywhere, spec.position)
+    k = rotate(project(x, projections.wk, projections.bk, spec.dtype), positions[None], spec.position)
     v = project(x, projections.wv, projections.bv, spec.dtype)
-    where = geometry(everywhere, positions, held, projections.position, spec)
-    if mask is not None:
-        where = where.restrict(mask)
-    out = attend(q, k.astype(spec.dtype), v.astype(spec.dtype), where, spec)
+    k, v, outs = k.astype(spec.dtype), v.astype(spec.dtype), []
+    for first, last, end in causal_blocks(tokens, causal=spec.causal):
+        where = geometry(everywhere[:, first:last], positions[:end], held, projections.position, spec)
+        if mask is not None:
+            where = where.restrict(mask[:, :, first:last, :end])
+        outs.append(attend(q[:, first:last], k[:, :end], v[:, :end], where, spec))
+    out = jnp.concatenate(outs, axis=1)
     return project_out(out, projections.wo, projections.bo, spec.dtype)
 
 

@@ -77,7 +77,8 @@ def rotate(
     dtype = accumulation_dtype(x.dtype)
     frequency = jnp.asarray(position.theta ** (-np.arange(0, size, 2) / size), dtype)
     angle = positions.astype(dtype)[:, :, None, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # A table of its own, or XLA computes sine and cosine anew for every head and sequence.
+    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
     x = x.astype(dtype)
     if position.interleaved:
         first, second = x[..., 0::2], x[..., 1::2]

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
@@ -15,6 +16,7 @@ from slimjax.scheme import suggest
 Softmax = Callable[[Scores, Bool[Array, "B #N T S"]], Scores]
 
 
+@jax.custom_jvp
 @typed
 def exact(scores: Scores, mask: Bool[Array, "B #N T S"]) -> Scores:
     """softmax over the visible keys, in the scores' dtype; a query that sees no key gets weights of 0."""
@@ -23,6 +25,14 @@ def exact(scores: Scores, mask: Bool[Array, "B #N T S"]) -> Scores:
     weight = jnp.where(mask, jnp.exp(masked - peak), jnp.zeros_like(scores))
     total = jnp.sum(weight, axis=-1, keepdims=True)
     return weight / jnp.where(total == 0, jnp.ones_like(total), total)
+
+
+@exact.defjvp
+def _exact_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """dP = P (dS - sum P dS): the derivative of the lines above, in which maximum and masks cancel."""
+    p = exact(*primals)
+    weighed = p * tangents[0]
+    return p, weighed - p * jnp.sum(weighed, axis=-1, keepdims=True)
 
 
 def sparse(threshold: float) -> Softmax:
