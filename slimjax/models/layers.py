@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from slimjax.config import ModelConfig
 from slimjax.numerics import accumulation_dtype, einsum
 
-EPSILON = 1e-6  # added to the variance by both normalisations
+EPSILON = 1e-6  # added to the variance by both normalisations, unless a model says otherwise
 
 
 def value(parameter: nnx.Variable | None) -> Array | None:
@@ -28,12 +28,17 @@ def dense(
 
 
 def normalise(
-    x: Float[Array, "B T D"], scale: Float[Array, "D"], bias: Float[Array, "D"] | None, *, centre: bool
+    x: Float[Array, "B T D"],
+    scale: Float[Array, "D"],
+    bias: Float[Array, "D"] | None,
+    *,
+    centre: bool,
+    epsilon: float = EPSILON,
 ) -> Float[Array, "B T D"]:
     """LayerNorm (``centre``) or RMSNorm (arXiv 1910.07467) over the last axis, in the dtype of x."""
     if centre:
         x = x - jnp.mean(x, axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.asarray(EPSILON, x.dtype))
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + jnp.asarray(epsilon, x.dtype))
     x = x * scale.astype(x.dtype)[None, None]
     return x if bias is None else x + bias.astype(x.dtype)[None, None]
 
