@@ -4,8 +4,11 @@ config.gin      source config, includes in place, overrides below      resolved.
 operative.gin   what was read, defaults included                       stamp.json      run id, source, versions
 metrics.jsonl   a line per logged training step                        records.jsonl   a line per cell
 cells.jsonl     a line per cell to be recorded                         models/         trained parameters
-log.txt         tracebacks of failed cells
+log.txt         tracebacks of failed cells                             .lock, .workers who is at work
 report.html, tables/, plots/                                           result.json     last, by rename: it is done
+
+A line of metrics.jsonl is flushed before the next step; `{"event": "resume", "step": N}` marks a restart. Where a run
+goes on from what other code or versions made (--reuse), `reused` in stamp.json and result.json names those.
 """
 
 import contextlib
@@ -13,14 +16,18 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import slimjax
 from slimjax.records import append_line, read_lines, versions
+
+LOCK, WORKERS = ".lock", ".workers"  # held by the process that records, shared by those that measure for it
+PATIENCE = 30.0  # seconds for workers of a run whose parent died to follow it
 
 
 class Refused(Exception):
@@ -49,10 +56,12 @@ def write_json(path: Path, data: Any) -> None:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A directory claimed by this process. `run`: the run id."""
+    """A directory claimed by a process. run: the run id; source: the hash of its code; reused: see `claim`."""
 
     path: Path
     run: str
+    source: str = ""
+    reused: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -71,56 +80,84 @@ class RunDirectory:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        write_json(self.path / "result.json", {"run": self.run, "date": date, **result})
+        reused = {"reused": list(self.reused)} if self.reused else {}
+        write_json(self.path / "result.json", {"run": self.run, "date": date, **result, **reused})
 
 
 @contextlib.contextmanager
-def claim(path: Path, run: str, *, resume: bool, texts: Mapping[str, str]) -> Iterator[RunDirectory]:
+def claim(
+    path: Path, run: str, *, resume: bool, texts: Mapping[str, str], reuse: bool = False
+) -> Iterator[RunDirectory]:
     """The directory for this run, locked against a second process while the context is open.
 
     A run made by other code or other versions, or any run with resume=False, is moved aside to PATH~1, PATH~2, ...:
-    nothing is deleted and no result of other code is taken for one of this. texts: files to write, by name.
+    nothing is deleted and no result of other code is taken for one of this. With `reuse` it is gone on with, and
+    its source hash and versions are kept in `RunDirectory.reused`. texts: files to write, by name.
     Raises Refused if another process holds the directory or if it holds something else than this run.
     """
     stamp = {"run": run, "source": source_hash(), "versions": versions()}
     _check_ours(path)
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as lock:
+    with (path / LOCK).open("w") as lock, (path / WORKERS).open("w") as workers:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Refused(f"{path}: another process is at work on this run") from None
-        _clear(path, stamp, resume)
-        write_json(path / "stamp.json", stamp)
+        _await_workers(workers, path)
+        reused = _clear(path, stamp, resume, reuse)
+        write_json(path / "stamp.json", stamp | ({"reused": reused} if reused else {}))
         for name, text in texts.items():
             (path / name).write_text(text, encoding="utf-8")
-        yield RunDirectory(path, run)
+        yield RunDirectory(path, run, source_hash(), tuple(reused))
+
+
+def _await_workers(file: IO[str], path: Path) -> None:
+    """Wait until no worker of an earlier run is left; they end when its process does."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(file, fcntl.LOCK_UN)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Refused(f"{path}: processes of an earlier run are still at work there") from None
+            time.sleep(0.05)
 
 
 def _check_ours(path: Path) -> None:
     """Raise Refused for a place that holds something else than a run, before anything is written there."""
     if path.exists() and not path.is_dir():
         raise Refused(f"{path}: not a directory")
-    others = [child for child in path.iterdir() if child.name != ".lock"] if path.exists() else []
+    others = _contents(path) if path.exists() else []
     if others and not (path / "stamp.json").exists():
         raise Refused(f"{path}: not empty and not a run directory")
 
 
-def _clear(path: Path, stamp: Mapping[str, Any], resume: bool) -> None:
-    """Leave in `path` only what this run may go on from."""
-    found = [child for child in path.iterdir() if child.name != ".lock"]
+def _contents(path: Path) -> list[Path]:
+    return [child for child in path.iterdir() if child.name not in (LOCK, WORKERS)]
+
+
+def _clear(path: Path, stamp: Mapping[str, Any], resume: bool, reuse: bool) -> list[dict[str, Any]]:
+    """Leave in `path` only what this run may go on from; returns whose results, beside its own, it accepts."""
+    found = _contents(path)
     if not found:
-        return
+        return []
     old = json.loads((path / "stamp.json").read_text(encoding="utf-8"))
     if old["run"] != stamp["run"]:
         raise Refused(f"{path}: holds run {old['run']}, this is run {stamp['run']}")
+    reused = old.pop("reused", [])
     if resume and old == stamp:
-        return
+        return reused
+    if resume and reuse:
+        other = {name: old[name] for name in ("source", "versions")}
+        print(f"goes on with what other code or versions made there: source {other['source']}")
+        return [*reused, *([other] if other not in reused else [])]
     aside = next(
         place for n in range(1, 10_000) if not (place := path.with_name(f"{path.name}~{n}")).exists()
     )
     aside.mkdir()
     for child in found:
         child.rename(aside / child.name)
-    why = "other code or versions made it" if resume else "--no-resume"
+    why = "other code or versions made it; --reuse goes on with it" if resume else "--no-resume"
     print(f"moved the run found there to {aside} ({why})")
+    return []

@@ -1,69 +1,91 @@
 """From a checked plan to a finished run directory."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.compilation import keep_compiled
 from experiments.directory import Refused, RunDirectory, claim
-from experiments.settings import Plan
+from experiments.settings import Cell, Plan, Unit
+from experiments.sweep import Sweep, run_here
+from experiments.worker import run_apart
 from slimjax.config import canonical_json
-from slimjax.records import Record, cell_key
+from slimjax.records import STATUSES, Record, cell_key, write_records
 
 
-def launch(plan: Plan, path: Path | None, *, resume: bool) -> int:
-    """Run in `path`, or in results/EXPERIMENT/RUN_ID; 0, or 1 if any cell failed."""
+def launch(plan: Plan, path: Path | None, *, resume: bool = True, reuse: bool = False, jobs: int = 0) -> int:
+    """Run in `path`, or in results/EXPERIMENT/RUN_ID; 0, or 1 if any cell failed.
+
+    jobs: processes at work on units at a time; 0: this one does it all.
+    """
+    units = checked_units(plan)
+    if jobs > 1 and getattr(plan.experiment, "ALONE", False):
+        raise Refused(f"{plan.name} takes times, which --jobs {jobs} would disturb; at most --jobs 1")
     texts = {
         "config.gin": plan.source,
         "operative.gin": plan.operative,
         "resolved.json": canonical_json(plan.resolved),
-        "cells.jsonl": "".join(cell_key(cell) + "\n" for cell in checked_cells(plan)),
+        "cells.jsonl": "".join(cell_key(cell) + "\n" for cell in cells_of(units)),
     }
-    with claim(
-        path or Path("results", plan.name, plan.run), plan.run, resume=resume, texts=texts
-    ) as directory:
-        return execute(plan, directory)
+    path = path or Path("results", plan.name, plan.run)
+    with claim(path, plan.run, resume=resume, reuse=reuse, texts=texts) as directory:
+        return execute(plan, units, directory, jobs)
 
 
-def checked_cells(plan: Plan) -> list[dict[str, Any]]:
-    """Every cell of the run, as records will name them. Raises Refused if two are equal."""
-    cells = list(plan.experiment.cells(plan.config))
-    keys = [Record(cell).key for cell in cells]
-    for cell, key in zip(cells, keys, strict=True):
-        if keys.count(key) > 1:
-            raise Refused(f"two cells are equal: {cell_key(cell)}")
-    return cells
+def cells_of(units: Sequence[Unit]) -> list[Cell]:
+    """Every cell, unit by unit."""
+    return [cell for unit in units for cell in unit.cells]
 
 
-def describe(cells: Sequence[dict[str, Any]]) -> str:
-    """The coordinates all cells share, once; then a line per cell with the others."""
-    shared = {
-        name: value for name, value in cells[0].items() if all(cell.get(name) == value for cell in cells)
-    }
+def checked_units(plan: Plan) -> list[Unit]:
+    """Every unit of the run. Raises Refused if two cells, or the names of two units, are equal."""
+    units = list(plan.experiment.units(plan.config))
+    keys = Counter(Record(cell).key for cell in cells_of(units))
+    for key, count in keys.items():
+        if count > 1:
+            raise Refused(f"two cells are equal: {key}")
+    for name, count in Counter(unit.name for unit in units).items():
+        if count > 1:
+            raise Refused(f"two units are called {name}")
+    return units
 
-    def line(cell: dict[str, Any]) -> str:
-        return "  ".join(f"{name}={value}" for name, value in cell.items())
 
-    own = [{name: value for name, value in cell.items() if name not in shared} for cell in cells]
-    return "\n".join([f"every cell: {line(shared)}", *map(line, own)])
-
-
-def execute(plan: Plan, directory: RunDirectory) -> int:
+def execute(plan: Plan, units: Sequence[Unit], directory: RunDirectory, jobs: int) -> int:
     """Run what is not done yet; 0, or 1 if any cell failed."""
-    report = directory.path / "report.html"
     result = directory.result
+    sweep = None
     if result is None:
-        records = plan.experiment.run(plan.config, directory)
-        counts = {
-            status: sum(record.status == status for record in records)
-            for status in ("ok", "refused", "failed")
-        }
-        result = {"cells": counts, "report": report.name}
+        print(f"compiled programs: {keep_compiled() or 'not kept'}", flush=True)
+        sweep = Sweep(plan.experiment, plan.config, units, directory)
+        if jobs:
+            run_apart(sweep, units, jobs)
+        else:
+            run_here(sweep, units)
+        sweep.report(last=True)
+        counts = {s: sum(record.status == s for record in sweep.log.records) for s in STATUSES}
+        write_records(sweep.log.path, sweep.log.ordered(sweep.cells))
+        result = {"cells": counts, "report": "report.html", "sweep": sweep.summary(jobs)}
         directory.finish(result)
     else:
-        print(f"finished on {result['date']} by this code; nothing to do (--no-resume runs it again)")
-    failed = result["cells"]["failed"]
+        _already(plan, units, directory, result)
+    failed = result["cells"]["failed"] + result["cells"].get("out-of-memory", 0)
     if failed:
         print(f"{failed} cells failed, see {directory.path / 'log.txt'}", file=sys.stderr)
-    print(f"report: {report}")
+    if sweep and sweep.measured:
+        print(
+            "{cells} cells in {seconds:.0f} s, {cells_per_minute:.3g} a minute".format(**sweep.summary(jobs))
+        )
+    print(f"report: {directory.path / 'report.html'}")
     return 1 if failed else 0
+
+
+def _already(plan: Plan, units: Sequence[Unit], directory: RunDirectory, result: dict[str, Any]) -> None:
+    """What there is to do for a finished run: nothing, unless other code made it, whose records are reported anew."""
+    if directory.reused and result.get("reused") != list(directory.reused):
+        Sweep(plan.experiment, plan.config, units, directory).report(last=True)
+        directory.finish(result)
+        print(f"finished on {result['date']} by other code or versions, accepted; the report is made anew")
+    else:
+        print(f"finished on {result['date']} by this code; nothing to do (--no-resume runs it again)")

@@ -1,5 +1,6 @@
 """Progress of training: a line every so many steps, or one line that is rewritten on a terminal."""
 
+import multiprocessing
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TextIO
@@ -12,7 +13,9 @@ def show(name: str, line: Mapping[str, Any], stream: TextIO | None = None) -> No
         f"{name}: step {line['step']}/{line['steps']}  {line['bits_per_byte']:.3f} bits per byte  "
         f"{line['tokens_per_second']:,.0f} tokens/s  {clock(line['seconds_left'])} left"
     )
-    if out.isatty():
+    if (
+        out.isatty() and multiprocessing.parent_process() is None
+    ):  # several at work would overwrite each other
         out.write(f"\r{text:<78}" + ("\n" if line["step"] == line["steps"] else ""))
     else:
         out.write(text + "\n")

@@ -1,4 +1,5 @@
-"""python -m experiments.run CONFIG [--set 'Section.field = value']... [--out DIR] [--dry-run] [--resume | --no-resume]
+"""python -m experiments.run CONFIG [--set 'Section.field = value']... [--out DIR] [--jobs N] [--dry-run]
+                             [--resume | --no-resume | --reuse]
 
 Reads a gin config, checks it whole before anything runs, and runs the experiment it names. The only file
 that imports gin. gin never sees a file: includes are put in place here, confined to the config folder, and
@@ -6,11 +7,13 @@ only text that parses to plain bindings of known fields is handed over, so a con
 """
 
 import argparse
+import errno
 import functools
 import inspect
+import os
 import sys
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -19,10 +22,14 @@ from gin import config_parser
 from gin.config_parser import BindingStatement, BlockDeclaration, IncludeStatement
 
 from experiments.directory import Refused
-from experiments.launch import checked_cells, describe, launch
+from experiments.estimate import cost, estimate, listing
+from experiments.launch import cells_of, checked_units, launch
 from experiments.settings import SECTIONS, Plan, RunConfig, load_experiment
+from experiments.stopping import GO_ON, Terminated, terminable
 from slimjax.config import ConfigError, canonical_json
 from slimjax.scheme import suggest
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or a quota, makes of a write
 
 
 class Fault(Exception):
@@ -199,22 +206,33 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
     except (ValueError, SyntaxError) as error:  # a %gin.REQUIRED left open
         raise Fault(f"{path}: {str(error).strip().splitlines()[0]}") from None
 
-    def build(section: str, scope: str = "") -> Any:
-        try:
-            with gin.config_scope(scope or None):
-                return _configurable(section)()
-        except ConfigError as error:
-            raise _located(error, section, scope, bound, path) from None
-
+    build = _Build(bound, path)
     run: RunConfig = build("Run")
     experiment = load_experiment(run.experiment)
     try:
         config = experiment.resolve(build)
-    except ConfigError as error:  # sections that are right each, and clash
-        raise Fault(f"{path}: {error.problem}") from None
+    except ConfigError as error:
+        if error.section is not None:
+            raise _located(error, error.section, "", bound, path) from None
+        raise Fault(f"{path}: {error.problem}") from None  # sections that are right each, and clash
     operative = gin.operative_config_str()
     _check_used(bound, operative)
     return Plan(experiment, run.experiment, config, source, operative)
+
+
+class _Build:
+    """See `experiments.settings.Build`."""
+
+    def __init__(self, bound: Sequence[Binding], path: Path):
+        self._bindings, self._path = bound, path
+        self.bound: Collection[str] = {binding.name for binding in bound}
+
+    def __call__(self, section: str, scope: str = "") -> Any:
+        try:
+            with gin.config_scope(scope or None):
+                return _configurable(section)()
+        except ConfigError as error:
+            raise _located(error, section, scope, self._bindings, self._path) from None
 
 
 @functools.cache
@@ -267,30 +285,60 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="'Section.field = value'", help="bind over it"
     )
     parser.add_argument("--out", type=Path, help="run directory (default: results/EXPERIMENT/RUN_ID)")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the config and the cells, stop")
     parser.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="work in N processes (default: in this one)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, print the config and the cells, stop")
+    going_on = parser.add_mutually_exclusive_group()
+    going_on.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="go on where it stopped"
     )
-    return parser.parse_args(argv)
+    going_on.add_argument(
+        "--reuse",
+        action="store_true",
+        help="go on with results of other code or versions, and say so in them",
+    )
+    options = parser.parse_args(argv)
+    if options.jobs < 0:
+        parser.error(f"--jobs {options.jobs}: expected a number of processes, or 0 for this one")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a cell failed, 2 a wrong config or directory, 130 interrupted."""
+    """Exit status: 0 done, 1 a cell failed, 2 a wrong config or directory, 130 interrupted, 143 terminated."""
     options = arguments(argv)
     try:
-        plan = load(options.config, options.set)
-        cells = checked_cells(plan)
-        print(f"{plan.name} {plan.run}: {len(cells)} cells", flush=True)
-        if options.dry_run:
-            print(canonical_json(plan.resolved) + describe(cells))
-            return 0
-        return launch(plan, options.out, resume=options.resume)
+        with terminable():
+            return _start(options)
     except (Fault, Refused) as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(f"error: {error}; that mended, the same command goes on", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"interrupted; {GO_ON}", file=sys.stderr)
         return 130
+    except Terminated:
+        print(f"terminated; {GO_ON}", file=sys.stderr)
+        return 143
+
+
+def _start(options: argparse.Namespace) -> int:
+    if options.jobs > 1:  # before anything starts a backend: the processes share an accelerator's memory
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    plan = load(options.config, options.set)
+    units = checked_units(plan)
+    found = estimate(plan.experiment, units, plan.config)
+    print(f"{plan.name} {plan.run}: {found}", flush=True)
+    if price := cost(found):
+        print(price, flush=True)
+    if options.dry_run:
+        print(canonical_json(plan.resolved) + listing(cells_of(units), found.refused))
+        return 0
+    return launch(plan, options.out, resume=options.resume, reuse=options.reuse, jobs=options.jobs)
 
 
 if __name__ == "__main__":

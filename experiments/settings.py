@@ -1,31 +1,46 @@
 """What every experiment shares: the sections a config may bind and the shape of an experiment module.
 
-An experiment is a module with `resolve`, `cells` and `run`; adding one is a module, a section and a line in
-`EXPERIMENTS`.
+An experiment is a module with `TITLE`, `resolve`, `units`, `forecast` and `prepare` (see `Experiment`); adding one is
+a module, a section and a line in `EXPERIMENTS`. Everything else, from resuming to the report, is done for it by
+`experiments.launch`.
 """
 
+import dataclasses
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from experiments.directory import RunDirectory
 from slimjax.config import (
     CheckpointConfig,
+    ComputeDtype,
     Config,
     ConfigError,
     Count,
     DataConfig,
     EquivalenceConfig,
     ModelConfig,
+    PositionKind,
+    Positive,
     TrackingConfig,
     TrainConfig,
+    Whole,
     digest,
 )
-from slimjax.records import Record
-from slimjax.scheme import suggest
+from slimjax.scheme import parse_schemes, suggest
+from slimjax.solve.products import PRODUCTS as PRODUCT_NAMES
 
-EXPERIMENTS = {"quickstart": "experiments.quickstart", "train": "experiments.train"}
+EXPERIMENTS = {
+    "quickstart": "experiments.quickstart",
+    "train": "experiments.train",
+    "equivalence": "experiments.equivalence",
+    "ablate": "experiments.ablate",
+    "paper": "experiments.paper",
+    "train_bench": "experiments.train_bench",
+    "decode_bench": "experiments.decode_bench",
+    "slim_whisper": "experiments.slim_whisper",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +79,161 @@ class TrainingConfig(QuickstartConfig):
     held_out_tokens: Count = 16384
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainedConfig(Config):
+    """A trained model, and the position schemes that its attention layers are tried under."""
+
+    checkpoint: str = ""  # a folder that training has written
+    positions: tuple[PositionKind, ...] = ("none", "rope", "alibi", "t5", "fire", "kerple")  # beside its own
+    seed: Whole = 0  # of the position biases it has not trained
+    path: str | None = None  # the text it is measured on; None: held out from the one it was trained on
+
+    def validate(self) -> None:
+        if not self.checkpoint:
+            raise ConfigError(
+                "checkpoint is not given: add --set \"Pretrained.checkpoint = 'PATH'\", PATH a folder that "
+                "training has written, such as results/train/ID or ID/models/NAME",
+                "checkpoint",
+            )
+        if len(set(self.positions)) < len(self.positions):
+            raise ConfigError(f"positions = {self.positions}: expected distinct values", "positions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig(Config):
+    """A grid: every combination of the axes' values is a model, trained and measured.
+
+    An axis is `('Section.field', (value, ...))` of the sections Model, Train and Data. The schemes and dtypes of
+    Equivalence are measured on each. Several `Train.seed` are one model, with mean and spread.
+    """
+
+    axes: tuple[tuple[Any, ...], ...] = ()
+
+    def validate(self) -> None:
+        for axis in self.axes:
+            values = axis[1] if len(axis) == 2 else None
+            if not isinstance(axis[0] if axis else None, str) or not isinstance(values, tuple) or not values:
+                raise ConfigError(
+                    f"axes: {axis!r}: expected ('Section.field', (value, ...)) with at least one value",
+                    "axes",
+                )
+            if len(set(map(repr, values))) < len(values):
+                raise ConfigError(f"axes: {axis[0]} = {values}: expected distinct values", "axes")
+        names = [axis[0] for axis in self.axes]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"axes: {', '.join(names)}: expected distinct fields", "axes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaperConfig(Config):
+    """A table of arXiv 2503.05840, and the schemes and chips it is extended by."""
+
+    table: Literal["1", "2", "3", "4-5", "6", "7", "8-9", "10"] = "7"
+    models: tuple[str, ...] = ()  # names in `slimjax.cost.architectures`; (): the table's own
+    schemes: tuple[str, ...] = ()  # of models without an encoder
+    encoder_schemes: tuple[str, ...] = ()  # of models with one: 'cross,self'
+    chips: tuple[str, ...] = ()  # names in `slimjax.cost.chips`
+    batches: tuple[Count, ...] = (1,)  # sequences decoded together
+    context: Count | None = None  # tokens; None: each model's longest
+
+    def validate(self) -> None:
+        for name in ("models", "schemes", "encoder_schemes", "chips", "batches"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name} = {values}: expected distinct values", name)
+        if not self.batches:
+            raise ConfigError("batches = (): expected at least one", "batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Config):
+    """How long each cell is timed."""
+
+    seconds: Positive = 2.0  # no new call of a cell begins after so long
+    least: Count = 10  # calls, whatever they take
+    threads: Whole = 0  # CPU threads of PyTorch; 0: as many as JAX has
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBenchConfig(BenchConfig):
+    """The models whose training is timed, named as in `Quickstart`."""
+
+    models: tuple[str, ...] = ("default",)
+
+    def validate(self) -> None:
+        QuickstartConfig(models=self.models)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeBenchConfig(BenchConfig):
+    """Decode attention by itself (shapes), and whole models that generate text (models, named as in `Quickstart`)."""
+
+    shapes: tuple[str, ...] = ("tiny-rope",)  # names in `slimjax.kernels.shapes`
+    schemes: tuple[str, ...] = (
+        "kv:float32",
+        "k:float32",
+    )  # one whose dtype is not among `dtypes` is timed under all
+    dtypes: tuple[ComputeDtype, ...] = ("float32",)  # compute dtypes
+    batches: tuple[Count, ...] = (1,)
+    contexts: tuple[Count, ...] = (1024,)  # cached tokens
+    implementations: tuple[str, ...] = ()  # of `slimjax.decode`; (): all there are
+    copy_bytes: Count = 1 << 28  # moved to see how fast memory is
+    caches: Count = 4  # read in turns, so that the processor's own cache serves less
+    models: tuple[str, ...] = ()
+    model_schemes: tuple[str, ...] = ("kv:float32", "k:float32")
+    model_batches: tuple[Count, ...] = (1, 8)
+    prompt_length: Count = 128
+    generated: Count = 128
+
+    def validate(self) -> None:
+        if self.models:
+            QuickstartConfig(models=self.models)
+        for name in ("shapes", "schemes", "dtypes", "batches", "contexts", "model_schemes", "model_batches"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name} = {values}: expected distinct values", name)
+        if self.generated < 2:
+            raise ConfigError(
+                "generated = 1: expected at least 2, time per token being a difference", "generated"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimWhisperConfig(Config):
+    """A Whisper model, speech with its words, and the caches that are tried on both."""
+
+    model: str = "models/whisper-tiny.en"  # a directory that `slimjax transcribe` reads
+    speech: str = "models/speech"  # wav files, and their words in a file `transcription`
+    layer_schemes: tuple[str, ...] = ("k:bf16", "k:int16", "k:int16+16")  # on every layer by itself
+    product_scheme: str = "k:int16+16"  # whose map is multiplied in `products`
+    products: tuple[str, ...] = ()  # names in `slimjax.solve.products`
+    schemes: tuple[str, ...] = ("kv:bf16", "k:int16+16")  # of transcripts; 'cross,self' or one for both
+    max_errors: tuple[Positive, ...] = ()  # of transcripts under plans
+
+    def validate(self) -> None:
+        for name in ("layer_schemes", "products", "schemes", "max_errors"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ConfigError(f"{name} = {values}: expected distinct values", name)
+        for name, texts in (
+            ("layer_schemes", self.layer_schemes),
+            ("product_scheme", (self.product_scheme,)),
+            ("schemes", self.schemes),
+        ):
+            for text in texts:
+                try:
+                    found = parse_schemes(text)
+                except ValueError as error:
+                    raise ConfigError(str(error), name) from None
+                if len(found) > (2 if name == "schemes" else 1):
+                    raise ConfigError(f"{name}: {text!r}: expected one scheme, or 'cross,self'", name)
+        for product in self.products:
+            if product not in PRODUCT_NAMES:
+                raise ConfigError(
+                    f"products: unknown {product!r}{suggest(product, PRODUCT_NAMES)}", "products"
+                )
+
+
 SECTIONS: dict[str, type[Config]] = {
     "Run": RunConfig,
     "Model": ModelConfig,
@@ -73,26 +243,100 @@ SECTIONS: dict[str, type[Config]] = {
     "Quickstart": QuickstartConfig,
     "Training": TrainingConfig,
     "Checkpoint": CheckpointConfig,
+    "Pretrained": PretrainedConfig,
+    "Ablate": AblateConfig,
+    "Paper": PaperConfig,
+    "TrainBench": TrainBenchConfig,
+    "DecodeBench": DecodeBenchConfig,
+    "SlimWhisper": SlimWhisperConfig,
     "Tracking": TrackingConfig,
 }
 
-Build = Callable[..., Any]
-"""`build(section, scope="")`: the config of a section, with the bindings of a scope over the plain ones."""
+
+class Build(Protocol):
+    """What a config gives: its sections, checked."""
+
+    bound: Collection[str]
+    """What it binds, as 'Section.field' or 'scope/Section.field'."""
+
+    def __call__(self, section: str, scope: str = "") -> Any:
+        """The config of a section, with the bindings of a scope over the plain ones."""
+        ...
+
+
+Cell = Mapping[str, str | int | float | bool | None]
+"""Coordinates of a record; names from `slimjax.records.CELL`."""
+
+Measure = Callable[[Cell], Mapping[str, Any]]
+"""A cell of the unit to its metrics (names from `slimjax.records.METRICS`).
+
+What it raises becomes a row with the reason: NotImplementedError a refused one; a MemoryError, or XLA's
+RESOURCE_EXHAUSTED, an out-of-memory one; anything else a failed one, with the traceback in log.txt.
+`Refused` alone ends the run: what can be mended (a full disk, a damaged file) is no result.
+"""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Cells that share expensive work, such as one trained model. Units do not depend on each other.
+
+    Attributes:
+        name: for the eye; unique in the run.
+        cells: at least one.
+        data: what `prepare` and `forecast` want to know of the unit: frozen and picklable, or None.
+    """
+
+    name: str
+    cells: tuple[Cell, ...]
+    data: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What is known of a unit before it runs.
+
+    Attributes:
+        flops: a lower bound of its work, shared and of all cells (training: 6 per parameter and token).
+        bytes: the most that its parameters, optimizer state and caches hold at one time.
+        refused: the cells known to be refused, index in `Unit.cells` -> reason.
+    """
+
+    flops: float = 0.0
+    bytes: int = 0
+    refused: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 class Experiment(Protocol):
-    """What an experiment module offers."""
+    """What an experiment module offers. Its functions run in processes of their own under `--jobs`.
+
+    Beside these it may have `report(config, directory, records)` in place of the general report (called after a
+    unit and at the end, with the records in the order of the cells), and `ALONE = True` where units at work side
+    by side would disturb each other (timings): `--jobs` above 1 is refused then.
+    """
+
+    TITLE: str
+    """Of the report."""
 
     def resolve(self, build: Build) -> Any:
-        """The frozen config of the whole run, from its sections."""
+        """The frozen, picklable config of the whole run, from its sections."""
         ...
 
-    def cells(self, config: Any) -> Sequence[dict[str, Any]]:
-        """Every cell the run will record."""
+    def units(self, config: Any) -> Sequence[Unit]:
+        """Every cell the run will record, in the order of the report."""
         ...
 
-    def run(self, config: Any, directory: RunDirectory) -> Sequence[Record]:
-        """Do what is not done yet; returns all records of the run."""
+    def forecast(self, unit: Unit, config: Any) -> Forecast:
+        """Build the unit in the abstract (`jax.eval_shape`): no arrays, no training, no data.
+
+        Called for every unit before the first runs; what it raises refuses the run in one line.
+        """
+        ...
+
+    def prepare(self, unit: Unit, config: Any, directory: RunDirectory) -> Measure:
+        """Do the unit's shared work; what it returns is called with each cell that has no record yet, in order.
+
+        What it raises is the row of each of those cells, as if every one had raised it.
+        """
         ...
 
 

@@ -1,25 +1,21 @@
 """Train one model, or several named ones: checkpoints, stopping and going on, a record of each at the end."""
 
-import contextlib
 import math
-import signal
 import statistics
 import sys
-import threading
-import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.compilation import keep_compiled
+from experiments import schemes
 from experiments.directory import Refused, RunDirectory
 from experiments.progress import show, steps_once
-from experiments.settings import Build
-from slimjax import checkpoint, trackers
+from experiments.settings import Build, Cell, Forecast, Measure, Unit
+from experiments.stopping import deferred_signals, stop
+from slimjax import checkpoint, pretrained, trackers
 from slimjax.config import (
     CheckpointConfig,
     Config,
@@ -31,10 +27,9 @@ from slimjax.config import (
     resolved,
 )
 from slimjax.data import Corpus, load_corpus
-from slimjax.records import Record, RecordLog, provenance
-from slimjax.report import write_report
 from slimjax.train import Report, TrainState, held_out, state_shapes, train
 
+TITLE = "Training"
 FOLLOWED = ("loss", "bits_per_byte", "learning_rate", "tokens_per_second")  # what trackers are told
 
 
@@ -82,12 +77,12 @@ def resolve(build: Build) -> Training:
     )
 
 
-def cells(config: Training) -> list[dict[str, Any]]:
-    """One per model."""
-    return [_cell(variant) for variant in config.variants]
+def units(config: Training) -> list[Unit]:
+    """A model each, of one cell."""
+    return [Unit(variant.name, (_cell(variant),), variant) for variant in config.variants]
 
 
-def _cell(variant: Variant) -> dict[str, Any]:
+def _cell(variant: Variant) -> Cell:
     return {
         "experiment": "train",
         "model": variant.name,
@@ -103,66 +98,46 @@ def _cell(variant: Variant) -> dict[str, Any]:
     }
 
 
-def run(config: Training, directory: RunDirectory) -> list[Record]:
-    """Train what is not recorded, going on where training stopped; returns all records."""
-    log = RecordLog(directory.path / "records.jsonl")
-    corpus = load_corpus(config.data)
-    for variant in config.variants:
-        if _cell(variant) not in log:
-            log.add(_recorded(variant, corpus, config, directory))
-    write_report(
-        directory.path,
-        log.records,
-        title="Training",
-        config=resolved(config),
-        metrics=steps_once(directory.metrics()),
-    )
-    return log.records
+def forecast(unit: Unit, config: Training) -> Forecast:
+    """Of training; the held-out text is little beside it."""
+    return schemes.training(unit.data.model, unit.data.train)
 
 
-def _recorded(variant: Variant, corpus: Corpus, config: Training, directory: RunDirectory) -> Record:
-    """One model's record: numbers, or why there are none. What can be mended (`Refused`) is no result."""
-    start = time.monotonic()
+def prepare(unit: Unit, config: Training, directory: RunDirectory) -> Measure:
+    """Training is the cell's own work, so that its time is the record's."""
+    variant, corpus = unit.data, load_corpus(config.data)
 
-    def record(**result: Any) -> Record:
-        seconds = time.monotonic() - start
-        source = provenance(config=directory.run, seed=variant.train.seed, seconds=seconds)
-        return Record(_cell(variant), provenance=source, **result)
-
-    try:
-        state = trained(variant, corpus, directory, config.checkpoint, config.tracking)
+    def measure(cell: Cell) -> dict[str, Any]:
+        state = trained(variant, corpus, config.data, directory, config.checkpoint, config.tracking)
         metrics = held_out(variant.model, variant.train, state, corpus, config.held_out_tokens)
-    except Refused:
-        raise
-    except Exception as error:  # noqa: BLE001  recorded, logged, and the run's exit status
-        directory.log(f"{variant.name}\n{traceback.format_exc()}")
-        return record(status="failed", reason=" ".join(f"{type(error).__name__}: {error}".split()))
-    lines = [line for line in steps_once(directory.metrics()) if line["model"] == variant.name]
-    if speeds := [line["tokens_per_second"] for line in lines if line["tokens_per_second"]]:
-        metrics["tokens_per_second"] = statistics.median(speeds)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return record(metrics={**metrics, "parameters": parameters})
+        lines = [line for line in steps_once(directory.metrics()) if line["model"] == variant.name]
+        if speeds := [line["tokens_per_second"] for line in lines if line["tokens_per_second"]]:
+            metrics["tokens_per_second"] = statistics.median(speeds)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        return {**metrics, "parameters": parameters}
+
+    return measure
 
 
 def trained(
     variant: Variant,
     corpus: Corpus,
+    data: DataConfig,
     directory: RunDirectory,
     saving: CheckpointConfig = CheckpointConfig(),
     tracking: TrackingConfig = TrackingConfig(),
 ) -> TrainState:
     """The variant's state after its last step, from `models/NAME`: restored, gone on with, or begun.
 
-    SIGTERM and Ctrl-C let the step at work end, save, and end the run: SystemExit(143), KeyboardInterrupt.
+    SIGTERM and Ctrl-C let the step at work end, save, and end the run: Terminated, KeyboardInterrupt.
 
     Raises:
         Refused: the newest checkpoint is damaged, or the disk is full: mended, the same command goes on.
         FloatingPointError: the loss, or a parameter, is not finite; the checkpoints before are kept.
     """
-    keep_compiled()
     folder = directory.path / "models" / variant.name
     again = folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    pretrained.describe(folder, variant.model, data)
     done = checkpoint.latest_step(folder) or 0
     state = _restored(folder, variant) if done else None
     if state is not None and done >= variant.train.steps:
@@ -192,7 +167,8 @@ def trained(
         step = checkpoint.latest_step(folder) or 0
         raise Refused(f"{error}; that mended, the same command goes on from step {step}") from error
     if caught:
-        _end(variant.name, int(state.step), caught[0])
+        print(f"{variant.name}: saved at step {int(state.step)}", file=sys.stderr)
+        stop(caught[0])
     return state
 
 
@@ -217,34 +193,3 @@ def _reporting(
             follower.log({name: full[name] for name in FOLLOWED}, int(line["step"]))
 
     return on_step
-
-
-@contextlib.contextmanager
-def deferred_signals() -> Iterator[list[signal.Signals]]:
-    """A list that the first SIGTERM or Ctrl-C is put into, for the work to end well; a second acts at once."""
-    caught: list[signal.Signals] = []
-    previous: dict[signal.Signals, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        caught.append(signal.Signals(number))
-        print(f"{caught[-1].name}: saving after this step", file=sys.stderr, flush=True)
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-    if threading.current_thread() is threading.main_thread():  # elsewhere signals do not arrive
-        for name in (signal.SIGTERM, signal.SIGINT):
-            previous[name] = signal.getsignal(name) or signal.SIG_DFL
-            signal.signal(name, note)
-    try:
-        yield caught
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
-
-
-def _end(name: str, step: int, caught: signal.Signals) -> None:
-    print(f"{name}: saved at step {step}", file=sys.stderr)
-    if caught is signal.SIGINT:
-        raise KeyboardInterrupt
-    print("terminated; the same command goes on from here", file=sys.stderr)
-    raise SystemExit(128 + caught)

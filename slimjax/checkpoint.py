@@ -82,12 +82,22 @@ def save(folder: Path | str, step: int, tree: Any, *, keep: int | None = None) -
     return final
 
 
-def restore(folder: Path | str, like: Tree, step: int | None = None) -> Tree:
+def described(folder: Path | str, step: int, *, part: str = "") -> dict[str, Any]:
+    """Shape, dtype and sha256 of the leaves of a complete step whose names begin with ``part``, by name.
+
+    Raises ValueError where the manifest is damaged; the arrays are not read.
+    """
+    leaves = _read_manifest(steps(folder)[step])["leaves"]
+    return {name: leaf for name, leaf in leaves.items() if name.startswith(part)}
+
+
+def restore(folder: Path | str, like: Tree, step: int | None = None, *, part: str = "") -> Tree:
     """The checkpoint of ``step`` (None: the newest) as a tree of the structure of ``like``.
 
     Args:
         folder, step: where.
         like: pytree of arrays or of ``jax.ShapeDtypeStruct``.
+        part: where in the tree that was saved ``like`` stands, such as ".params"; "": it is all of it.
 
     Raises:
         ValueError: no such step; leaves, shapes or dtypes other than those of ``like``; damage, with the
@@ -98,7 +108,9 @@ def restore(folder: Path | str, like: Tree, step: int | None = None) -> Tree:
     if path is None:
         raise ValueError(f"{folder}: no checkpoint{'' if step is None else f' of step {step}'}")
     manifest = _read_manifest(path)
-    saved, wanted = manifest["leaves"], _shapes(like)
+    stored = list(manifest["leaves"])
+    saved = {name: leaf for name, leaf in manifest["leaves"].items() if name.startswith(part)}
+    wanted = {part + name: leaf for name, leaf in _shapes(like).items()}
     if saved.keys() != wanted.keys():
         raise ValueError(f"{path}: other leaves than expected: {sorted(saved.keys() ^ wanted.keys())}")
     for name, (shape, dtype) in wanted.items():
@@ -111,8 +123,8 @@ def restore(folder: Path | str, like: Tree, step: int | None = None) -> Tree:
         if not (path / name).is_file() or _sha256(path / name) != digest
     ]
     if damaged:
-        raise _damage(path, f"{', '.join(damaged)}{_suspects(path, saved)}")
-    arrays = _read(path, list(wanted))
+        raise _damage(path, f"{', '.join(damaged)}{_suspects(path, manifest['leaves'])}")
+    arrays = _read(path, stored, list(wanted))
     for name, leaf in arrays.items():
         if _describe(leaf) != saved[name]:
             raise _damage(path, name)
@@ -152,9 +164,8 @@ def _write(folder: Path, leaves: dict[str, np.ndarray]) -> None:
         _flush(path)
 
 
-def _read(path: Path, names: list[str], only: str | None = None) -> dict[str, np.ndarray]:
-    """The arrays as orbax finds them; ``only`` leaves the others out."""
-    wanted = names if only is None else [only]
+def _read(path: Path, names: list[str], wanted: list[str]) -> dict[str, np.ndarray]:
+    """The ``wanted`` ones of all arrays, ``names``, as orbax finds them."""
     item = {name: 0 if name in wanted else ocp.PLACEHOLDER for name in names}
     restore_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
     with _orbax() as checkpointer:
@@ -177,7 +188,7 @@ def _suspects(path: Path, saved: dict[str, Any]) -> str:
 
     def wrong(name: str) -> bool:
         try:
-            return _describe(_read(path, list(saved), name)[name]) != saved[name]
+            return _describe(_read(path, list(saved), [name])[name]) != saved[name]
         except Exception:  # noqa: BLE001  whatever orbax and its parsers make of damaged bytes
             return True
 

@@ -19,11 +19,14 @@ from slimjax.scheme import parse_scheme
 
 
 class ConfigError(ValueError):
-    """A wrong config value. `field` names the field at fault, or is None when several clash."""
+    """A wrong config value. `field` names the field at fault, or is None when several clash.
 
-    def __init__(self, problem: str, field: str | None = None):
+    `section` is the field's, where that is another than the one being built.
+    """
+
+    def __init__(self, problem: str, field: str | None = None, section: str | None = None):
         super().__init__(problem)
-        self.problem, self.field = problem, field
+        self.problem, self.field, self.section = problem, field, section
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ PositionKind = Literal["none", "learned", "rope", "alibi", "t5", "fire", "kerple
 def _fit(value: Any, annotation: Any, field: str) -> Any:
     """`value` as `annotation` wants it, or ConfigError."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:  # `validate` knows more
+        return value
     if origin is Annotated:
         inner, bounds = arguments
         value = _fit(value, inner, field)
@@ -240,10 +245,18 @@ class EquivalenceConfig(Config):
             raise ConfigError(f"tokens = {self.tokens} is not a multiple of length = {self.length}", "tokens")
 
 
+ELSEWHERE = {"elsewhere": True}
+"""Metadata of a field that says where something lies, and not what: it is no part of what a config resolves to."""
+
+
 def resolved(config: Any) -> Any:
-    """A config, or a mapping or sequence of configs, as plain JSON data."""
+    """A config, or a mapping or sequence of configs, as plain JSON data; without the fields marked ELSEWHERE."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        return {field.name: resolved(getattr(config, field.name)) for field in dataclasses.fields(config)}
+        return {
+            field.name: resolved(getattr(config, field.name))
+            for field in dataclasses.fields(config)
+            if field.metadata != ELSEWHERE
+        }
     if isinstance(config, Mapping):
         return {key: resolved(value) for key, value in config.items()}
     if isinstance(config, tuple | list):

@@ -17,15 +17,18 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from slimjax.attention.layer import CachedAttention, attend_cached, attend_full, init_cache
+from slimjax.attention.positions import Position, init_bias
+from slimjax.attention.projections import Projections
 from slimjax.axes import Inputs
 from slimjax.config import EquivalenceConfig
 from slimjax.data import Corpus
 from slimjax.generate import generate
 from slimjax.kernels.api import decode
+from slimjax.kernels.spec import DecodeSpec
 from slimjax.models.decoder import DecoderLM, convert_model, init_caches
 from slimjax.numerics import cross_entropy, greedy_agreement, logit_kl, relative_l2, top1_agreement
 from slimjax.scheme import Scheme, parse_scheme
-from slimjax.solve import Figures
+from slimjax.solve import Converted, Figures, convert
 
 PROBED = 4  # sequences on which a single layer's errors are measured
 
@@ -129,16 +132,100 @@ def measure(reference: Reference, scheme: str | Scheme, dtype: str) -> dict[str,
     layers, figures = convert_model(reference.model, scheme, dtype)
     logits, attention = cached_logits(reference.model, layers, reference.tokens[:, :-1], reference.inputs)
     values = [_values(_at_float32(layer), x) for layer, x in zip(layers, reference.inputs, strict=True)]
-    stored = sum(cache.bytes_per_token for cache in init_caches(layers, 1, 1))
     metrics = {
         "attention_error": _worst(reference, attention, reference.outputs),
         "value_error": _worst(reference, values, reference.values),
+    }
+    known = _stored(layers) | _conditioning(figures, ("condition_number", "predicted_error"))
+    return metrics | known | _scores(reference, logits)
+
+
+def _stored(layers: Sequence[CachedAttention]) -> dict[str, float]:
+    """Bytes per token of all layers' caches, and how many times smaller that is than bf16 keys and values."""
+    stored = sum(cache.bytes_per_token for cache in init_caches(layers, 1, 1))
+    return {
         "bytes_per_token": stored,
         "compression": sum(4 * layer.spec.key_width for layer in layers) / stored,  # K and V, 2 bytes each
     }
-    return (
-        metrics | _conditioning(figures, ("condition_number", "predicted_error")) | _scores(reference, logits)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Layers:
+    """The attention layers of a reference's model under another position scheme, each by itself.
+
+    Attributes:
+        projections: each layer's weights; of a trained bias, the model's own or seeded ones.
+        spec: of all layers.
+        outputs: for each layer, attention's float64 answer to ``reference.inputs``, [PROBED, T, D].
+        reference: inputs and values, which do not depend on positions.
+    """
+
+    projections: tuple[Projections, ...]
+    spec: DecodeSpec
+    outputs: tuple[np.ndarray, ...]
+    reference: Reference
+
+
+def at_position(reference: Reference, position: Position, *, seed: int) -> Layers:
+    """The model's weights and activations with ``position`` in place of its own position scheme.
+
+    A model trained with one scheme has nothing to say of a text under another, but each of its layers is
+    an attention layer with trained weights and real inputs all the same. A bias that the model has not
+    trained is drawn from ``seed``, another for each layer.
+    """
+    attentions = [block.attention for block in reference.model.blocks]
+    spec = dataclasses.replace(attentions[0].decode_spec(dtype="float64"), position=position)
+    projections = [attention.projections() for attention in attentions]
+    if position != attentions[0].position:
+        keys = jax.random.split(jax.random.key(seed), len(attentions))
+        biases = [init_bias(position, spec.heads, key) if position.trained else None for key in keys]
+        projections = [
+            dataclasses.replace(weights, position=bias)
+            for weights, bias in zip(projections, biases, strict=True)
+        ]
+    exact = [_exact_output(w, spec, x) for w, x in zip(projections, reference.inputs, strict=True)]
+    return Layers(projections=tuple(projections), spec=spec, outputs=tuple(exact), reference=reference)
+
+
+def layer_identity(layers: Layers, scheme: str | Scheme) -> dict[str, float]:
+    """As ``identity``, of single layers. Raises NotImplementedError: the scheme is refused for them."""
+    chosen = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    exact = dataclasses.replace(chosen, codec="float64", bits=None, group=None)
+    with jax.enable_x64(True):
+        converted = _convert(layers, exact, "float64")
+        found = [
+            _attend(each.layer, x.astype(jnp.float64))
+            for each, x in zip(converted, layers.reference.inputs, strict=True)
+        ]
+    error = _worst(layers.reference, found, layers.outputs)
+    return {"identity_error": error} | _conditioning(
+        tuple(each.figures for each in converted), ("condition_number",)
     )
+
+
+def layer_errors(layers: Layers, scheme: str | Scheme, dtype: str) -> dict[str, float]:
+    """The part of ``measure`` that single layers have: its errors, figures and bytes; no logits, so no scores.
+
+    Raises NotImplementedError: the scheme is refused for them.
+    """
+    converted, inputs = _convert(layers, scheme, dtype), layers.reference.inputs
+    attention = [_attend(each.layer, x) for each, x in zip(converted, inputs, strict=True)]
+    values = [_values(_at_float32(each.layer), x) for each, x in zip(converted, inputs, strict=True)]
+    errors = {
+        "attention_error": _worst(layers.reference, attention, layers.outputs),
+        "value_error": _worst(layers.reference, values, layers.reference.values),
+    }
+    figures = tuple(each.figures for each in converted)
+    known = _stored([each.layer for each in converted])
+    return errors | known | _conditioning(figures, ("condition_number", "predicted_error"))
+
+
+def _convert(layers: Layers, scheme: str | Scheme, dtype: str) -> list[Converted]:
+    chosen = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    spec = dataclasses.replace(layers.spec, scheme=chosen, dtype=dtype)
+    return [
+        convert(weights, spec, layer=f"layer {index}") for index, weights in enumerate(layers.projections)
+    ]
 
 
 def _worst(reference: Reference, found: Sequence[ArrayLike], exact: Sequence[np.ndarray]) -> float:
@@ -236,12 +323,15 @@ _attend_full = jax.jit(attend_full, static_argnums=2)
 def _exact_layer(model: DecoderLM, index: int, x: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Attention's output and values (value bias left out, as it is folded away) in float64."""
     attention = model.blocks[index].attention
-    weights = attention.projections()
-    with jax.enable_x64(True):
-        spec = attention.decode_spec(dtype="float64")
-        output = np.asarray(_attend_full(x.astype(jnp.float64), weights, spec))
+    weights, spec = attention.projections(), attention.decode_spec(dtype="float64")
     value = np.einsum("btd,dkh->btkh", np.asarray(x, np.float64), np.asarray(weights.wv, np.float64))
-    return output, np.repeat(value, spec.group, axis=2)
+    return _exact_output(weights, spec, x), np.repeat(value, spec.group, axis=2)
+
+
+def _exact_output(weights: Projections, spec: DecodeSpec, x: Inputs) -> np.ndarray:
+    """Attention in float64, without a cache."""
+    with jax.enable_x64(True):
+        return np.asarray(_attend_full(x.astype(jnp.float64), weights, spec))
 
 
 @nnx.jit

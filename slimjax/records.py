@@ -5,6 +5,7 @@ and where it comes from. Names of coordinates and metrics come from the two regi
 experiment adds a line there.
 """
 
+import fcntl
 import functools
 import json
 import math
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, get_args
 
 from slimjax.scheme import suggest
 
@@ -24,6 +25,7 @@ CELL = {
     "experiment": "program that made the record",
     "model": "variant of the model, or its name",
     "layer": "attention layer, from 0",
+    "attention": "self, cross, or both",
     "scheme": "cache scheme, basis[option]:codec[bits][/group][+R][@softmax]",
     "basis": "what is cached",
     "option": "1: rebuild keys or values, 2: absorb their weights",
@@ -43,13 +45,25 @@ CELL = {
     "seed": "root seed",
     "batch": "sequences",
     "context": "cached tokens",
+    "table": "table of arXiv 2503.05840",
+    "method": "the paper's name for a way to cache",
+    "chip": "chip whose peak rates are assumed",
+    "layers": "attention layers",
+    "key_width": "values of a token's keys in one layer",
+    "encoder_tokens": "rows of the encoder's output",
     "steps": "training steps",
+    "length": "tokens per sequence of a batch",
+    "framework": "program that was timed",
+    "shape": "attention layer, a name in slimjax.kernels.shapes",
+    "threads": "CPU threads of the peer",
 }
 
 METRICS = {
     "attention_error": "relative L2 error of the attention output, worst layer",
     "value_error": "relative L2 error of rebuilt values, worst layer",
     "identity_error": "relative L2 error of the attention output in float64 from an exact cache, worst layer",
+    "calibration_error": "value error on inputs that were fitted on",
+    "exact_error": "value error of the exact inverse on held-out inputs",
     "predicted_error": "attention error the conversion predicts, worst layer",
     "condition_number": "largest over smallest singular value of the inverted weights, worst layer",
     "logit_kl": "mean KL divergence of next-token distributions, nats",
@@ -60,6 +74,7 @@ METRICS = {
     "count": "samples (tokens scored, for a language model) behind the other metrics",
     "p_value": "of the test named in the experiment",
     "word_errors": "word error rate",
+    "equal_texts": "share of texts equal to those of a bf16 KV cache",
     "top1_agreement": "share of tokens whose most likely successor is unchanged",
     "greedy_agreement": "tokens generated greedily before the first difference, mean over sequences",
     "generated": "tokens generated per sequence, the most greedy_agreement can be",
@@ -71,13 +86,53 @@ METRICS = {
     "time_to_first_token": "milliseconds",
     "milliseconds": "median wall time of one call",
     "milliseconds_samples": "every timed call",
+    "compile_seconds": "tracing and compiling, apart from the timed calls",
+    "speed_over_peer": "median time of the fastest peer over this one's, same run",
+    "fastest_over_peer": "the same of each one's fastest call",
+    "peer_difference": "relative difference from the peer's output, same weights and inputs",
+    "copy_gigabytes_per_second": "what the device reached in a plain copy or sum, same run",
     "gigabytes_per_second": "bytes read and written over wall time",
     "share_of_copy_bandwidth": "gigabytes_per_second over that of a plain copy",
     "cycles": "estimated by a simulator or compiler",
     "vmem_bytes": "on-chip memory a kernel claims",
+    "values_per_token": "cached values per token, all layers, keys and values kept",
+    "context_memory": "cached values of one sequence at the stated context, all layers",
+    "encoder_cache": "values of the encoder's output",
+    "cross_cache": "cached values of cross attention",
+    "self_cache": "cached values of self attention",
+    "cache_reduction": "cached values with keys and values over this one's",
+    "step_parameters": "weights that a decoding step reads",
+    "reads_per_token": "values read per token and sequence, weights shared by the batch",
+    "projection_operations": "of one layer and token, products with weights",
+    "projection_reads": "values of one layer's attention weights",
+    "projection_intensity": "operations per value read",
+    "attention_operations": "of one layer and token, scores and weighted sum, all heads",
+    "attention_reads": "values of one layer's cache",
+    "attention_intensity": "operations per value read",
+    "score_operations": "of one head and token",
+    "weighing_operations": "of one head and token",
+    "aspect_ratio": "key width over model width",
+    "value_weights": "values of W_V or of what stands for it, one layer",
+    "self_share": "self-attention cache over the baseline's",
+    "cross_share": "cross-attention cache over the baseline's",
+    "cross_weights": "cross-attention key and value weights that a token reads, per layer",
+    "cross_phase": "operations between encoder and first token over the baseline's",
+    "tops": "int8 peak, 10^12 operations per second",
+    "bandwidth": "memory bandwidth, 10^9 bytes per second",
+    "balance": "operations per byte at which memory and arithmetic take equally long",
+    "self_cache_bytes": "of self-attention, at full capacity",
+    "cross_cache_bytes": "of cross-attention",
+    "cross_milliseconds": "median time between encoder and first token, cross caches filled",
+    "cache_bytes": "of all sequences at the stated context, all layers",
+    "bytes_read_per_token": "weights and caches of a decoding step over its sequences",
+    "operations_per_byte": "of a decoding step",
+    "break_even": "batch x context (with an encoder: batch) from which less is read than with bf16 keys and values",
+    "milliseconds_bound": "least time of a decoding step: bytes over bandwidth or operations over peak",
+    "speedup": "least time of a token with bf16 keys and values (or the baseline) over this one's",
 }
 
-Status = Literal["ok", "refused", "failed"]
+Status = Literal["ok", "refused", "failed", "out-of-memory"]
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 
 def _check_names(kind: str, names: Iterable[str], registry: Mapping[str, str]) -> None:
@@ -98,7 +153,7 @@ class Record:
     """One cell of a grid.
 
     Raises ValueError for a name outside the registries, a metric that is not a finite number (a cell that
-    gives one has failed), an unknown status, or a refused or failed cell without a reason.
+    gives one has failed), an unknown status, or a cell that is not ok without a reason.
     """
 
     cell: Mapping[str, str | int | float | bool | None]
@@ -112,8 +167,8 @@ class Record:
         _check_names("metric", self.metrics, METRICS)
         for name, value in self.metrics.items():
             _check_metric(name, value)
-        if self.status not in ("ok", "refused", "failed"):
-            raise ValueError(f"status = {self.status!r}: expected ok, refused or failed")
+        if self.status not in STATUSES:
+            raise ValueError(f"status = {self.status!r}: expected one of {', '.join(STATUSES)}")
         if (self.status == "ok") == bool(self.reason):
             raise ValueError(
                 f"status = {self.status!r} with reason = {self.reason!r}: ok has none, the others one"
@@ -171,9 +226,13 @@ def read(path: Path) -> list[Record]:
 
 
 def append_line(path: Path, text: str) -> None:
-    """Append one line and flush it to the disk, over a torn last line if there is one."""
+    """Append one line and flush it to the disk, over a torn last line if there is one.
+
+    Several processes may append to one file: a lock keeps one from taking another's unfinished line for a torn one.
+    """
     path.touch()
     with path.open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
         file.truncate(_whole_lines(file))
         file.seek(0, os.SEEK_END)
         file.write(text.encode() + b"\n")
@@ -194,6 +253,16 @@ def _whole_lines(file: BinaryIO) -> int:
     return 0
 
 
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a file of records by rename: it is whole, or as it was."""
+    part = path.with_suffix(".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(record.to_json() + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
 class RecordLog:
     """The records of a run on disk: refuses equal cells, each record is safe once `add` returns."""
 
@@ -204,6 +273,11 @@ class RecordLog:
 
     def __contains__(self, cell: Mapping[str, Any]) -> bool:
         return cell_key(cell) in self._keys
+
+    def ordered(self, cells: Iterable[Mapping[str, Any]]) -> list[Record]:
+        """The records in the order of the cells, whatever the order they were made in."""
+        place = {cell_key(cell): number for number, cell in enumerate(cells)}
+        return sorted(self.records, key=lambda record: place.get(record.key, len(place)))
 
     def add(self, record: Record) -> None:
         if record.key in self._keys:

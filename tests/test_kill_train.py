@@ -172,6 +172,24 @@ def test_told_to_stop_it_saves_and_goes_on(place, unbroken, number, status):
     place.same(out, unbroken)
 
 
+def test_told_to_stop_while_it_is_measured_it_goes_on_from_there(place, unbroken):
+    """Training is over and saved: nothing of it is done again."""
+    out = place.folder / "measured"
+    process = place.start(out)
+    while checkpoint.latest_step(out / "models" / "default") != STEPS:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors.endswith("terminated; the same command goes on from here\n")
+    assert "Traceback" not in errors
+    before = lines(out)
+    assert place.finish(out) == (0, "")
+    assert lines(out) == before
+    place.same(out, unbroken)
+
+
 def goes_on_after(place, out, status, errors):
     """The run ended with one line, and all that it had written can be read."""
     assert status == 2, errors

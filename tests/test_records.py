@@ -1,7 +1,10 @@
 """Records: names from the registries, equal cells refused, nothing written is lost to a torn line."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,7 +48,7 @@ def test_status_and_reason_belong_together():
         Record({}, status="refused")
     with pytest.raises(ValueError, match="reason"):
         Record({}, reason="why")
-    with pytest.raises(ValueError, match="expected ok, refused or failed"):
+    with pytest.raises(ValueError, match="expected one of ok, refused, failed, out-of-memory"):
         Record({}, status="fine", reason="x")  # type: ignore[arg-type]
 
 
@@ -99,3 +102,18 @@ def test_provenance_is_plain_data():
     assert (source["config"], source["seed"], source["seconds"]) == ("0123456789ab", 3, 1.235)
     assert source["date"].endswith("+00:00")
     assert {"git", "dirty", "platform", "device", "cpus", "xla_flags"} <= source.keys()
+
+
+def test_processes_that_append_to_one_file_tear_no_lines(tmp_path):
+    """Without the lock one would cut away what another is about to finish."""
+    path, program = tmp_path / "lines", tmp_path / "program.py"
+    program.write_text(
+        "import sys; from pathlib import Path; from slimjax.records import append_line\n"
+        'for n in range(150): append_line(Path(sys.argv[1]), \'{"n": %d, "x": "%s"}\' % (n, \'x\' * 20000))\n'
+    )
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, str(program), str(path)]
+    processes = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert sorted(line["n"] for line in read_lines(path)) == sorted([*range(150), *range(150)])

@@ -2,46 +2,28 @@
 
 import fcntl
 import json
-import os
-import types
 from pathlib import Path
 
 import pytest
+import sweep_toy
 
 from experiments import directory, run, settings
-from slimjax.records import Record, RecordLog
+from experiments.settings import Unit
+from slimjax.records import read
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = Path(__file__).parent / "golden"
-CONFIGS = sorted((ROOT / "configs").rglob("*.gin"))
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    """An experiment of four cells that counts its measurements; `toy.fail` and `toy.stop` are cells."""
-    module = types.SimpleNamespace(measured=[], fail=None, stop=None)
+    """`toy(...)` sets what goes wrong with the experiment 'toy' of tests/sweep_toy.py."""
+    monkeypatch.setitem(settings.EXPERIMENTS, "toy", "sweep_toy")
 
-    def cells(config):
-        return [{"experiment": "toy", "seed": config.seed, "batch": batch} for batch in range(4)]
+    def behave(**wrong):
+        monkeypatch.setenv("SLIMJAX_TOY", json.dumps(wrong))
 
-    def measure(config, place):
-        log = RecordLog(place.path / "records.jsonl")
-        for cell in cells(config):
-            if cell in log:
-                continue
-            if cell["batch"] == module.stop:
-                raise KeyboardInterrupt
-            module.measured.append(cell["batch"])
-            failed = cell["batch"] == module.fail
-            log.add(Record(cell, status="failed", reason="toy") if failed else Record(cell, {"count": 1}))
-        (place.path / "report.html").write_text("report")
-        return log.records
-
-    module.resolve = lambda build: build("Train")
-    module.cells, module.run = cells, measure
-    monkeypatch.setitem(settings.EXPERIMENTS, "toy", "toy")
-    monkeypatch.setattr(run, "load_experiment", lambda name: module)
-    return module
+    behave()
+    return behave
 
 
 @pytest.fixture
@@ -187,36 +169,6 @@ def test_includes_are_put_in_place(config, capsys):
     assert "base.gin:2: unknown field Model.head" in refused(capsys, path, "--dry-run")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_resolve_to_their_golden_values(path):
-    """After a deliberate change: SLIMJAX_WRITE_GOLDEN=1 writes them anew."""
-    plan = run.load(path)
-    text = run.canonical_json(plan.resolved)
-    golden = GOLDEN / f"{path.stem}.json"
-    if os.environ.get("SLIMJAX_WRITE_GOLDEN"):
-        golden.parent.mkdir(exist_ok=True)
-        golden.write_text(text)
-    assert text == golden.read_text()
-    assert len(run.checked_cells(plan)) == len(
-        {Record(cell).key for cell in plan.experiment.cells(plan.config)}
-    )
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_binding_of_a_shipped_config_is_checked(path, config):
-    """Each line in turn: a misspelt field and a value of a wrong type are refused."""
-    text = path.read_text()
-    found = run.bindings(run.gather(path, path.parent.resolve()))
-    assert found
-    for binding in found:
-        misspelt = text.replace(f"{binding.name} =", f"{binding.name}x =")
-        assert misspelt != text
-        with pytest.raises(run.Fault, match="did you mean"):
-            run.load(config(misspelt))
-        with pytest.raises(run.Fault, match=r"expected|unknown"):
-            run.load(path, [f"{binding.name} = {{'a': 1}}"])
-
-
 def test_no_other_file_imports_gin():
     importing = [
         path.relative_to(ROOT).as_posix()
@@ -228,19 +180,35 @@ def test_no_other_file_imports_gin():
 
 
 def test_a_dry_run_writes_nothing(toy, config, capsys, tmp_path):
+    toy(**{"raise": {"NotImplementedError": [5]}})
     assert run.main([str(config("Run.experiment = 'toy'")), "--dry-run", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
-    assert "4 cells" in out
+    assert "12 cells in 3 units (1 will be refused)" in out
     assert '"experiment": "toy"' in out
-    assert "batch=3" in out
-    assert toy.measured == []
+    assert "batch=3\n" in out
+    assert "batch=5  REFUSED: as foreseen\n" in out
+    assert sweep_toy.seen(tmp_path) == []
     assert not (tmp_path / "out").exists()
 
 
-def test_equal_cells_are_refused_before_the_first(toy, config, capsys):
-    toy.cells = lambda config: [{"batch": 1}, {"batch": 1}]
+def test_equal_cells_are_refused_before_the_first(toy, config, capsys, monkeypatch):
+    unit = Unit("one", ({"batch": 1}, {"batch": 1}))
+    monkeypatch.setattr(sweep_toy, "units", lambda config: [unit])
     assert run.main([str(config("Run.experiment = 'toy'"))]) == 2
     assert 'two cells are equal: {"batch": 1}' in capsys.readouterr().err
+    monkeypatch.setattr(sweep_toy, "units", lambda config: [Unit("one", ({"batch": n},)) for n in range(2)])
+    assert run.main([str(config("Run.experiment = 'toy'"))]) == 2
+    assert "two units are called one" in capsys.readouterr().err
+
+
+def test_what_cannot_be_built_is_refused_before_the_first(toy, config, capsys, monkeypatch, tmp_path):
+    def forecast(unit, config):
+        raise TypeError("shapes\nclash") if unit.data == 2 else NotImplementedError("no such layer")
+
+    monkeypatch.setattr(sweep_toy, "forecast", forecast)
+    assert run.main([str(config("Run.experiment = 'toy'")), "--out", str(tmp_path / "out")]) == 2
+    assert "error: unit2 cannot be built: shapes clash\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -254,7 +222,10 @@ def launch(toy, config, tmp_path):
     return start
 
 
-def test_a_run_directory_holds_what_made_it(launch, toy, tmp_path, capsys):
+ALL = list(range(12))
+
+
+def test_a_run_directory_holds_what_made_it(launch, tmp_path, capsys):
     assert launch("--set", "Train.steps = 77") == 0
     out = tmp_path / "out"
     assert capsys.readouterr().out.endswith(f"report: {out / 'report.html'}\n")
@@ -263,56 +234,127 @@ def test_a_run_directory_holds_what_made_it(launch, toy, tmp_path, capsys):
     resolved = json.loads((out / "resolved.json").read_text())
     assert resolved["config"]["steps"] == 77
     result = json.loads((out / "result.json").read_text())
-    assert result["cells"] == {"ok": 4, "refused": 0, "failed": 0}
+    assert result["cells"] == {"ok": 12, "refused": 0, "failed": 0, "out-of-memory": 0}
+    assert result["sweep"].keys() == {"cells", "seconds", "cells_per_minute", "jobs"}
     assert run.load(out / "config.gin").run == result["run"]
     stamp = json.loads((out / "stamp.json").read_text())
     assert stamp["source"] == directory.source_hash()
     assert stamp["versions"].keys() == {"python", "jax", "jaxlib", "flax", "numpy"}
+    assert {record.provenance["source"] for record in read(out / "records.jsonl")} == {stamp["source"]}
 
 
-def test_a_finished_run_is_only_reported(launch, toy, capsys):
+def test_a_finished_run_is_only_reported(launch, tmp_path, capsys):
     assert [launch(), launch()] == [0, 0]
-    assert toy.measured == [0, 1, 2, 3]
+    assert sweep_toy.seen(tmp_path) == ALL
     assert "nothing to do" in capsys.readouterr().out
 
 
 def test_an_interrupted_run_goes_on(launch, toy, tmp_path, capsys):
-    toy.stop = 2
+    toy(**{"raise": {"KeyboardInterrupt": [6]}})
     assert launch() == 130
     assert "interrupted" in capsys.readouterr().err
     assert not (tmp_path / "out" / "result.json").exists()
-    toy.stop = None
+    assert (tmp_path / "out" / "report.html").read_text() == str(ALL[:4])  # of a half-finished run
+    toy()
     assert launch() == 0
-    assert toy.measured == [0, 1, 2, 3]
+    assert sweep_toy.seen(tmp_path) == [*ALL[:6], *ALL[6:7], *ALL[6:]]
+    assert (tmp_path / "out" / "report.html").read_text() == str(ALL)
 
 
-def test_no_resume_starts_again_and_keeps_the_old(launch, toy, tmp_path):
+def test_what_can_be_mended_ends_the_run_and_is_no_row(launch, toy, tmp_path, capsys):
+    toy(**{"raise": {"Refused": [6]}})
+    assert launch() == 2
+    assert capsys.readouterr().err == "error: toy 6\n"
+    toy()
+    assert launch() == 0
+    assert {record.status for record in read(tmp_path / "out" / "records.jsonl")} == {"ok"}
+
+
+def test_no_resume_starts_again_and_keeps_the_old(launch, tmp_path):
     assert [launch(), launch("--no-resume")] == [0, 0]
-    assert toy.measured == [0, 1, 2, 3] * 2
+    assert sweep_toy.seen(tmp_path) == ALL * 2
     assert (tmp_path / "out~1" / "result.json").exists()
     assert (tmp_path / "out" / "result.json").exists()
 
 
+@pytest.fixture
+def other_code(launch, toy, tmp_path, monkeypatch):
+    """`other_code(finished=...)` leaves a run of other code, and this code to go on with it."""
+
+    def leave(*, finished):
+        with monkeypatch.context() as patch:
+            patch.setattr(directory, "source_hash", lambda: "of other code")
+            toy(**({} if finished else {"raise": {"KeyboardInterrupt": [6]}}))
+            launch()
+        toy()
+        return sweep_toy.seen(tmp_path)
+
+    return leave
+
+
 @pytest.mark.parametrize("finished", [True, False])
-def test_results_of_other_code_are_not_reused(launch, toy, tmp_path, monkeypatch, finished):
-    toy.stop = None if finished else 2
-    launch()
-    toy.stop, toy.measured = None, []
-    monkeypatch.setattr(directory, "source_hash", lambda: "of other code")
+def test_results_of_other_code_are_not_reused(other_code, launch, tmp_path, finished):
+    before = other_code(finished=finished)
     assert launch() == 0
-    assert toy.measured == [0, 1, 2, 3]
+    assert sweep_toy.seen(tmp_path) == before + ALL
     assert (tmp_path / "out~1" / "records.jsonl").exists()
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_reuse_goes_on_with_results_of_other_code_and_says_so(other_code, launch, tmp_path, finished, capsys):
+    before = other_code(finished=finished)
+    out = tmp_path / "out"
+    (out / "report.html").unlink()
+    assert launch("--reuse") == 0
+    assert sweep_toy.seen(tmp_path) == before + ([] if finished else ALL[6:])
+    assert (
+        "goes on with what other code or versions made there: source of other code" in capsys.readouterr().out
+    )
+    assert not (tmp_path / "out~1").exists()
+    assert (out / "report.html").read_text() == str(ALL)
+    stamp, result = (json.loads((out / name).read_text()) for name in ("stamp.json", "result.json"))
+    assert stamp["source"] == directory.source_hash()
+    assert stamp["reused"] == result["reused"]
+    assert [other["source"] for other in result["reused"]] == ["of other code"]
+    assert result["reused"][0]["versions"] == stamp["versions"]
+    sources = [record.provenance["source"] for record in read(out / "records.jsonl")]
+    assert sources == ["of other code"] * len(set(before) - {6} if not finished else ALL) + (
+        [] if finished else [stamp["source"]] * 6
+    )
+    assert launch() == 0  # accepted once, it is this run
+    assert "nothing to do" in capsys.readouterr().out
+    assert json.loads((out / "result.json").read_text()) == result
+
+
 def test_failed_cells_are_rows_and_the_exit_status(launch, toy, tmp_path, capsys):
-    toy.fail = 1
+    toy(**{"raise": {"RuntimeError": [1], "MemoryError": [2], "NotImplementedError": [3]}})
     assert launch() == 1
-    assert toy.measured == [0, 1, 2, 3]
-    assert "1 cells failed" in capsys.readouterr().err
+    assert sweep_toy.seen(tmp_path) == ALL
+    assert "2 cells failed" in capsys.readouterr().err
+    found = {r.cell["batch"]: (r.status, r.reason) for r in read(tmp_path / "out" / "records.jsonl")}
+    assert found[1] == ("failed", "RuntimeError: toy 1")
+    assert found[2] == ("out-of-memory", "MemoryError: toy 2")
+    assert found[3] == ("refused", "toy 3")
+    assert found[4] == ("ok", "")
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert log.count("Traceback") == 2
     assert launch() == 1  # a finished run is as bad as it was
 
 
-def test_a_foreign_directory_is_left_alone(launch, toy, tmp_path, capsys):
+def test_a_unit_that_cannot_be_opened_is_a_row_for_each_of_its_cells(launch, monkeypatch, tmp_path):
+    def prepare(unit, config, place, before=sweep_toy.prepare):
+        if unit.data == 1:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+        return before(unit, config, place)
+
+    monkeypatch.setattr(sweep_toy, "prepare", prepare)
+    assert launch() == 1
+    assert sweep_toy.seen(tmp_path) == [*ALL[:4], *ALL[8:]]
+    statuses = [record.status for record in read(tmp_path / "out" / "records.jsonl")]
+    assert statuses == ["ok"] * 4 + ["out-of-memory"] * 4 + ["ok"] * 4
+
+
+def test_a_foreign_directory_is_left_alone(launch, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     assert launch() == 2
@@ -320,13 +362,13 @@ def test_a_foreign_directory_is_left_alone(launch, toy, tmp_path, capsys):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
 
 
-def test_a_directory_of_another_run_is_left_alone(launch, toy, capsys):
+def test_a_directory_of_another_run_is_left_alone(launch, capsys):
     assert launch() == 0
     assert launch("--set", "Train.seed = 5") == 2
     assert "holds run" in capsys.readouterr().err
 
 
-def test_two_processes_do_not_share_a_run(launch, toy, tmp_path, capsys):
+def test_two_processes_do_not_share_a_run(launch, tmp_path, capsys):
     assert launch() == 0
     with (tmp_path / "out" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

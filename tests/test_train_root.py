@@ -1,30 +1,21 @@
 """The root `train` in this process: its record, its refusals, and what a second run finds."""
 
+import functools
 import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_runs
 
 import slimjax.train
-from experiments import progress, run
+from experiments import progress
 from slimjax import checkpoint
 from slimjax.records import read, read_lines
 
-CONFIG = """
-Run.experiment = 'train'
+OWN = """
 Training.models = ('small', 'other')
-Data.path = {path!r}
-Data.held_out_percent = 30.0
-Model.layers = 1
-Model.width = 16
-Model.heads = 2
 other/Model.position = 'none'
-Train.steps = 6
-Train.warmup = 1
-Train.batch = 2
-Train.length = 16
-Train.log_every = 2
 Checkpoint.every = 2
 Checkpoint.keep = 2
 Training.held_out_tokens = 64
@@ -33,15 +24,9 @@ Training.held_out_tokens = 64
 
 @pytest.fixture
 def launch(tmp_path):
-    """Runs the config in one directory; returns the exit status."""
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, " * 40)
-    config = tmp_path / "a.gin"
-    config.write_text(CONFIG.format(path=str(tmp_path / "text.txt")))
-
-    def start(*arguments):
-        return run.main([str(config), "--out", str(tmp_path / "out"), *arguments])
-
-    return start
+    """Runs a config of two models in one directory; returns the exit status."""
+    config = small_runs.write(tmp_path, "train", small_runs.MODEL, small_runs.HEADS, OWN)
+    return functools.partial(small_runs.launched, config, tmp_path / "out")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from slimjax.records import Record
-from slimjax.report import compare, front, generic, plots, samples, tables
+from slimjax.report import compare, front, generic, paper, plots, samples, tables
 from slimjax.report.equivalence import equivalence_table, models_table
 from slimjax.report.findings import findings as _findings
 from slimjax.report.html import Part, html
@@ -68,6 +68,9 @@ def report_tables(records: Sequence[Record]) -> dict[str, tables.Table]:
     made: dict[str, tables.Table] = {}
     for experiment, found in groups.items():
         suffix = f"_{experiment}" if len(groups) > 1 else ""
+        if experiment == "paper":
+            made |= {f"{name}{suffix}": table for name, table in paper.paper_tables(found).items()}
+            continue
         here = samples.qualified(found) if generic.is_equivalence(found) else found
         models = samples.distinct(here, "model")
         if generic.is_equivalence(found) and len(models) <= MOST:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from slimjax.records import Record
+from slimjax.records import STATUSES, Record
 from slimjax.report.equivalence import compute_dtypes, exact_bits
 from slimjax.report.generic import spans
 from slimjax.report.samples import distinct, measured, metric, seeds, select, trouble
@@ -30,7 +30,7 @@ def findings(records: Sequence[Record]) -> list[str]:
     ]
     found = [sentence for sentence in sentences if sentence] or spans(records)
     found += [_seeds(records)] if found else []
-    found += [_unmeasured(records, status) for status in ("refused", "failed")]
+    found += [_unmeasured(records, status) for status in STATUSES if status != "ok"]
     found += [_waiting(records)] if any(map(measured, records)) else []
     return [sentence for sentence in found if sentence]
 

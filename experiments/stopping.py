@@ -1,0 +1,62 @@
+"""SIGTERM and Ctrl-C: what a run does when it is told to stop, so that the same command can go on."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+GO_ON = "the same command goes on from here"
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, no `except Exception` takes it for a failure."""
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated, wherever the program is, as Ctrl-C raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere signals do not arrive
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[list[signal.Signals]]:
+    """A list that the first SIGTERM or Ctrl-C is put into, for the work to end well; a second acts at once."""
+    caught: list[signal.Signals] = []
+    previous: dict[signal.Signals, Any] = {}
+
+    def note(number: int, frame: Any) -> None:
+        caught.append(signal.Signals(number))
+        print(f"{caught[-1].name}: saving after this step", file=sys.stderr, flush=True)
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    if threading.current_thread() is threading.main_thread():  # elsewhere signals do not arrive
+        for name in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(name) is not signal.SIG_IGN:  # a worker leaves Ctrl-C to its parent
+                previous[name] = signal.getsignal(name) or signal.SIG_DFL
+                signal.signal(name, note)
+    try:
+        yield caught
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+
+def stop(caught: signal.Signals) -> NoReturn:
+    """End the run as the signal would have, had it not been deferred."""
+    if caught is signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated
