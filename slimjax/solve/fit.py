@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.numerics import einsum, relative_l2
+from slimjax.numerics import relative_l2
 from slimjax.solve.augment import Solution, augmented, lost_directions
 from slimjax.solve.calibrate import Calibration
 from slimjax.solve.convert import stored
 from slimjax.solve.noise import lmmse_maps, worst_values
+from slimjax.solve.products import PRODUCTS
 
 RIDGES = (1e-4, 1e-2, 1.0)
 
@@ -32,13 +33,21 @@ class Fitted:
 
 
 def value_error(
-    rows: np.ndarray, wk: np.ndarray, wv: np.ndarray, solution: Solution, spec: DecodeSpec
+    rows: np.ndarray,
+    wk: np.ndarray,
+    wv: np.ndarray,
+    solution: Solution,
+    spec: DecodeSpec,
+    product: str = "float32",
 ) -> float:
-    """Relative L2 error of V for inputs ``rows`` [n, D]: keys encoded and decoded, mapped as decoding does."""
+    """Relative L2 error of V for inputs ``rows`` [n, D]: keys encoded and decoded, mapped as decoding does.
+
+    ``product``: a name of ``solve.products``, for what other arithmetic would make of it.
+    """
     inputs = np.asarray(rows, np.float64)
     decoded = jnp.asarray(stored(inputs @ augmented(wk, solution.extra), spec).astype(spec.accumulation))
     weight = jnp.asarray(solution.weight.astype(spec.accumulation))
-    return relative_l2(einsum("ne,ef->nf", decoded, weight), inputs @ wv)
+    return relative_l2(PRODUCTS[product](decoded, weight), inputs @ wv)
 
 
 def rounding_noise(

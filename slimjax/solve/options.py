@@ -1,6 +1,7 @@
 """What one attention layer could cache, with the error and the bytes of each way: the planner's menu."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -80,25 +81,52 @@ class Option:
     refused: str | None = None
 
 
-def menu(layer: Layer, schemes: Sequence[Scheme], calibration: Calibration | None) -> tuple[Option, ...]:
-    """Every scheme on this layer, measured on the calibration's rows or predicted without."""
-    return tuple(option(layer, scheme, calibration) for scheme in schemes)
+def menu(
+    layer: Layer, schemes: Sequence[Scheme], calibration: Calibration | None, enough: float | None = None
+) -> tuple[Option, ...]:
+    """Every scheme on this layer, measured on the calibration's rows or predicted without.
+
+    ``enough``: of bases k and kr, schemes of more bytes than one that errs by at most this are left out.
+    """
+    options: list[Option] = []
+    reached = math.inf
+    sized = [(scheme, _size(layer, scheme)) for scheme in schemes]
+    for scheme, size in sorted(sized, key=lambda pair: pair[1]):
+        keys = scheme.basis in ("k", "kr")
+        if keys and size > reached:
+            continue
+        found = option(layer, scheme, calibration)
+        options.append(found)
+        if keys and enough is not None and found.refused is None and found.error <= enough:
+            reached = min(reached, size)
+    where = {scheme: index for index, scheme in enumerate(schemes)}
+    return tuple(sorted(options, key=lambda found: where[found.scheme]))
+
+
+def _size(layer: Layer, scheme: Scheme) -> int:
+    """Bytes per token; 0 for what is refused."""
+    spec, codec = layer.under(scheme), codec_of(scheme)
+    try:
+        streams = basis(spec).streams(spec)
+    except NotImplementedError:
+        return 0
+    return sum(codec.nbytes((1, 1, heads, width)) for heads, width in streams.values())
 
 
 def option(layer: Layer, scheme: Scheme, calibration: Calibration | None) -> Option:
     """One scheme on this layer; what cannot be is an option with a reason."""
     spec = layer.under(scheme)
     try:
-        streams = basis(spec).streams(spec)
+        basis(spec)
         if scheme.basis in ("k", "kr"):
             found = _from_keys(layer, spec, calibration)
         else:
             found = _read_back(layer, spec, calibration)
     except NotImplementedError as refusal:
         return Option(scheme=scheme, refused=str(refusal))
-    codec = codec_of(scheme)
-    size = sum(codec.nbytes((1, 1, heads, width)) for heads, width in streams.values())
-    return dataclasses.replace(found, bytes_per_token=size, weight_bytes=weight_bytes(layer, spec))
+    return dataclasses.replace(
+        found, bytes_per_token=_size(layer, scheme), weight_bytes=weight_bytes(layer, spec)
+    )
 
 
 def weight_bytes(layer: Layer, spec: DecodeSpec) -> int:

@@ -87,6 +87,8 @@ def measure(
     layers: Sequence[Layer],
     calibrations: Sequence[Calibration] | None = None,
     schemes: Sequence[Scheme] | None = None,
+    *,
+    enough: float | None = None,
 ) -> tuple[tuple[Option, ...], ...]:
     """The menu of every layer, for ``choose``.
 
@@ -94,10 +96,13 @@ def measure(
         layers: the model's attention layers.
         calibrations: one for each, or None: figures are then predicted for white inputs.
         schemes: what may be chosen; None: each layer's ``candidates``.
+        enough: of keys alone, wider rows than those that first err by at most this are not looked at:
+            ``choose`` would not take them under that ``max_error``, and each is a solve.
     """
     given = calibrations or [None] * len(layers)
     return tuple(
-        menu(layer, schemes or candidates(layer), seen) for layer, seen in zip(layers, given, strict=True)
+        menu(layer, schemes or candidates(layer), seen, enough)
+        for layer, seen in zip(layers, given, strict=True)
     )
 
 
@@ -166,7 +171,7 @@ def make_plan(
         described = described or "none: errors are predicted for white inputs"
     return choose(
         layers,
-        measure(layers, calibrations, schemes),
+        measure(layers, calibrations, schemes, enough=max_error),
         max_error=max_error,
         max_bytes_per_token=max_bytes_per_token,
         described=described,
