@@ -74,6 +74,10 @@ def test_what_parses_but_cannot_serve_a_layer_is_refused_with_a_reason():
     def spec(scheme):
         return slimjax.DecodeSpec(scheme=parse_scheme(scheme), heads=2, kv_heads=2, head_dim=4, width=8)
 
-    for scheme, reason in [("k:int16+8", "no fewer than"), ("e:bf16", "no input in common"), ("kr:bf16", "use k$")]:
+    for scheme, reason in [
+        ("k:int16+8", "no fewer than"),
+        ("e:bf16", "no input in common"),
+        ("kr:bf16", "use k$"),
+    ]:
         with pytest.raises(NotImplementedError, match=reason):
             slimjax.init_cache(spec(scheme), batch=1, capacity=4)

@@ -1,0 +1,6 @@
+"""``python -m slimjax.cli``."""
+
+from slimjax.cli import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
