@@ -20,6 +20,7 @@ from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from slimjax.audio import read_sound
 from slimjax.config import ELSEWHERE, Config, ConfigError
 from slimjax.models.load import LoadedWhisper, load_whisper
+from slimjax.models.opened import open_model
 from slimjax.models.whisper_caches import WhisperLayers, begin
 from slimjax.models.whisper_convert import convert_whisper, layer_names
 from slimjax.numerics import logit_kl
@@ -55,15 +56,11 @@ class SlimWhisper(Config):
 
 def resolve(build: Build) -> SlimWhisper:
     """The run from its section; the model is looked at, not loaded."""
-    from slimjax.models.opened import open_model
-
     section = build("SlimWhisper")
     try:
-        opened = open_model(section.model)
+        digest, layers = _looked_at(section.model)
     except (OSError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"{error}; `make models` fetches tiny.en", "model", "SlimWhisper") from None
-    if opened.kind != "whisper":
-        raise ConfigError(f"{section.model}: not a Whisper model", "model", "SlimWhisper")
     if not (Path(section.speech) / "transcription").is_file():
         raise ConfigError(
             f"{section.speech}: no file 'transcription' there; `make models` fetches five clips",
@@ -73,14 +70,23 @@ def resolve(build: Build) -> SlimWhisper:
     return SlimWhisper(
         model=section.model,
         speech=section.speech,
-        digest=opened.digest,
-        layers=opened.sizes.decoder_layers,
+        digest=digest,
+        layers=layers,
         layer_schemes=section.layer_schemes,
         product_scheme=section.product_scheme,
         products=section.products,
         schemes=section.schemes,
         max_errors=section.max_errors,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _looked_at(model: str) -> tuple[str, int]:
+    """The digest of a Whisper model's weights, and its decoder layers. Once a process: all weights are read."""
+    opened = open_model(model)
+    if opened.kind != "whisper":
+        raise ValueError(f"{model}: not a Whisper model")
+    return opened.digest, opened.sizes.decoder_layers
 
 
 def units(config: SlimWhisper) -> list[Unit]:
