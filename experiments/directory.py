@@ -2,7 +2,7 @@
 
 config.gin      source config, includes in place, overrides below      resolved.json   every value, sorted
 operative.gin   what was read, defaults included                       stamp.json      run id, source, versions
-metrics.jsonl   a line per logged training step                        records.jsonl   a line per cell
+metrics.jsonl   a line per training step                               records.jsonl   a line per cell
 cells.jsonl     a line per cell to be recorded                         models/         trained parameters
 log.txt         tracebacks of failed cells                             .lock, .workers who is at work
 report.html, tables/, plots/                                           result.json     last, by rename: it is done
@@ -12,6 +12,7 @@ goes on from what other code or versions made (--reuse), `reused` in stamp.json 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,8 @@ import slimjax
 from slimjax.records import append_line, read_lines, versions
 
 LOCK, WORKERS = ".lock", ".workers"  # held by the process that records, shared by those that measure for it
+BEGUN = "stamp.part"  # all that is left of a run that was killed as it began
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or a quota, makes of a write
 PATIENCE = 30.0  # seconds for workers of a run whose parent died to follow it
 
 
@@ -44,14 +47,23 @@ def source_hash() -> str:
     return total.hexdigest()[:12]
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write by rename: the file is whole or absent."""
+def write_text(path: Path, text: str) -> None:
+    """Write by rename: the file is whole, or as it was."""
     part = path.with_suffix(".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write by rename, as `write_text` does."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,8 @@ class RunDirectory:
         path = self.path / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def metric(self, line: Mapping[str, Any]) -> None:
-        append_line(self.path / "metrics.jsonl", json.dumps(dict(line)))
+    def metric(self, line: Mapping[str, Any], *, sync: bool = True) -> None:
+        append_line(self.path / "metrics.jsonl", json.dumps(dict(line)), sync=sync)
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_lines(self.path / "metrics.jsonl")
@@ -93,22 +105,39 @@ def claim(
     A run made by other code or other versions, or any run with resume=False, is moved aside to PATH~1, PATH~2, ...:
     nothing is deleted and no result of other code is taken for one of this. With `reuse` it is gone on with, and
     its source hash and versions are kept in `RunDirectory.reused`. texts: files to write, by name.
-    Raises Refused if another process holds the directory or if it holds something else than this run.
+    Raises Refused if another process holds the directory, if it holds something else than this run, or if nothing
+    can be written there; a full disk remains the OSError it is.
     """
     stamp = {"run": run, "source": source_hash(), "versions": versions()}
-    _check_ours(path)
-    path.mkdir(parents=True, exist_ok=True)
-    with (path / LOCK).open("w") as lock, (path / WORKERS).open("w") as workers:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"{path}: another process is at work on this run") from None
-        _await_workers(workers, path)
-        reused = _clear(path, stamp, resume, reuse)
-        write_json(path / "stamp.json", stamp | ({"reused": reused} if reused else {}))
-        for name, text in texts.items():
-            (path / name).write_text(text, encoding="utf-8")
+    with contextlib.ExitStack() as held:
+        with _refusing(path):
+            _check_ours(path)
+            path.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((path / LOCK).open("w"))
+            workers = held.enter_context((path / WORKERS).open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(f"{path}: another process is at work on this run") from None
+            _await_workers(workers, path)
+            reused = _clear(path, stamp, resume, reuse)
+            write_json(path / "stamp.json", stamp | ({"reused": reused} if reused else {}))
+            for name, text in texts.items():
+                if not (path / name).exists() or (path / name).read_bytes() != text.encode():
+                    write_text(path / name, text)
         yield RunDirectory(path, run, source_hash(), tuple(reused))
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Make of a place that cannot be written to a Refused; what is mended without another place stays as it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK:
+            raise
+        where = error.filename or path
+        raise Refused(f"{path}: cannot hold a run: {where}: {error.strerror}") from error
 
 
 def _await_workers(file: IO[str], path: Path) -> None:
@@ -134,7 +163,7 @@ def _check_ours(path: Path) -> None:
 
 
 def _contents(path: Path) -> list[Path]:
-    return [child for child in path.iterdir() if child.name not in (LOCK, WORKERS)]
+    return [child for child in path.iterdir() if child.name not in (LOCK, WORKERS, BEGUN)]
 
 
 def _clear(path: Path, stamp: Mapping[str, Any], resume: bool, reuse: bool) -> list[dict[str, Any]]:
@@ -142,7 +171,7 @@ def _clear(path: Path, stamp: Mapping[str, Any], resume: bool, reuse: bool) -> l
     found = _contents(path)
     if not found:
         return []
-    old = json.loads((path / "stamp.json").read_text(encoding="utf-8"))
+    old = _read_stamp(path / "stamp.json")
     if old["run"] != stamp["run"]:
         raise Refused(f"{path}: holds run {old['run']}, this is run {stamp['run']}")
     reused = old.pop("reused", [])
@@ -156,8 +185,23 @@ def _clear(path: Path, stamp: Mapping[str, Any], resume: bool, reuse: bool) -> l
         place for n in range(1, 10_000) if not (place := path.with_name(f"{path.name}~{n}")).exists()
     )
     aside.mkdir()
-    for child in found:
+    for child in sorted(
+        found, key=lambda child: child.name == "stamp.json"
+    ):  # last: with it the rest is a run's
         child.rename(aside / child.name)
     why = "other code or versions made it; --reuse goes on with it" if resume else "--no-resume"
     print(f"moved the run found there to {aside} ({why})")
     return []
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    """What is said there of the run. Raises Refused for a file that says something else."""
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        stamp = None
+    if not isinstance(stamp, dict) or not {"run", "source", "versions"} <= stamp.keys():
+        raise Refused(
+            f"{path}: damaged, expected run, source and versions; move the directory or name another"
+        )
+    return stamp

@@ -2,6 +2,7 @@
 
 import functools
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +41,14 @@ def estimate(experiment: Experiment, units: Sequence[Unit], config: Any) -> Esti
     forecasts: list[Forecast] = []
     for unit in units:
         try:
-            forecasts.append(experiment.forecast(unit, config))
+            with warnings.catch_warnings():  # that a size is beyond int32 is said by the error that follows
+                warnings.filterwarnings("ignore", "Explicitly requested dtype")
+                forecasts.append(experiment.forecast(unit, config))
         except NotImplementedError as refusal:
             forecasts.append(Forecast(refused=dict.fromkeys(range(len(unit.cells)), str(refusal))))
-        except (ValueError, TypeError) as error:
-            raise Refused(f"{unit.name} cannot be built: {' '.join(str(error).split())}") from error
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or "not enough memory"
+            raise Refused(f"{unit.name} cannot be built: {reason}") from error
     first, refused = 0, {}
     for unit, forecast in zip(units, forecasts, strict=True):
         refused |= {first + index: reason for index, reason in forecast.refused.items()}

@@ -28,6 +28,6 @@ def clock(seconds: float) -> str:
 
 
 def steps_once(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The lines of metrics.jsonl that report a step; of steps taken again after a restart, the last."""
-    last = {(line["model"], line["step"]): line for line in lines if "event" not in line}
+    """The lines of metrics.jsonl that report progress; of steps taken again after a restart, the last."""
+    last = {(line["model"], line["step"]): line for line in lines if "tokens_per_second" in line}
     return list(last.values())

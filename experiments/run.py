@@ -7,7 +7,6 @@ only text that parses to plain bindings of known fields is handed over, so a con
 """
 
 import argparse
-import errno
 import functools
 import inspect
 import os
@@ -21,15 +20,13 @@ import gin
 from gin import config_parser
 from gin.config_parser import BindingStatement, BlockDeclaration, IncludeStatement
 
-from experiments.directory import Refused
+from experiments.directory import DISK, Refused
 from experiments.estimate import cost, estimate, listing
 from experiments.launch import cells_of, checked_units, launch
 from experiments.settings import SECTIONS, Plan, RunConfig, load_experiment
 from experiments.stopping import GO_ON, Terminated, terminable
 from slimjax.config import ConfigError, canonical_json
 from slimjax.scheme import suggest
-
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, or a quota, makes of a write
 
 
 class Fault(Exception):
@@ -141,7 +138,7 @@ def overriding(texts: Sequence[str]) -> list[Line]:
     for line in lines:
         if len(parse([line])) != 1:
             raise line.fault("expected one 'Section.field = value'")
-    return lines
+    return [Line(text, "--set", 0) for text in ("", "# Given with --set:") if lines] + lines
 
 
 def _check_plain(lines: Sequence[Line]) -> None:
@@ -165,15 +162,30 @@ def bindings(lines: Sequence[Line]) -> list[Binding]:
         scope, section, field, value, _ = statement
         binding = Binding(scope or "", section, field or "", value, line)
         _check_name(binding)
-        if found.get((binding.name, line.file)):
-            raise line.fault(f"{binding.name} is bound twice in one file")
-        found[binding.name, line.file] = binding
-    known = {binding.name for binding in found.values() if not binding.field} | {"gin.REQUIRED"}
-    for binding in found.values():
+        place = line.file if line.number else ""  # every --set is one place
+        if (binding.name, place) in found:
+            raise line.fault(f"{binding.name} is bound twice {'in one file' if place else 'by --set'}")
+        found[binding.name, place] = binding
+    _check_macros(list(found.values()))
+    return list(found.values())
+
+
+def _check_macros(bound: Sequence[Binding]) -> None:
+    """Every macro used must be defined, and none by itself."""
+    known = {binding.name for binding in bound if not binding.field} | {"gin.REQUIRED"}
+    for binding in bound:
         for macro in _macros(binding.value):
             if macro not in known:
                 raise binding.line.fault(f"%{macro} is not defined{suggest(macro, known)}")
-    return list(found.values())
+    last = {binding.name: binding for binding in bound if not binding.field}
+    for name, binding in last.items():
+        reached, ahead = set[str](), _macros(binding.value)
+        while ahead:
+            if (macro := ahead.pop()) not in reached:
+                reached.add(macro)
+                ahead += _macros(last[macro].value) if macro in last else []
+        if name in reached:
+            raise binding.line.fault(f"%{name} is defined by itself")
 
 
 def _check_name(binding: Binding) -> None:
@@ -187,6 +199,34 @@ def _check_name(binding: Binding) -> None:
         raise binding.line.fault(f"unknown field {section}.{field}{suggest(field, fields)}")
 
 
+def standing(lines: Sequence[Line]) -> str:
+    """The text of checked lines without the bindings that later ones replace: of the same values, in one file."""
+    kept = {number: line.text for number, line in enumerate(lines)}
+    later: set[str] = set()
+    in_block = False  # whether the block that is being read, from its end, keeps a binding
+    for statement in reversed(parse(lines)):
+        start = statement.location.line_num - 1
+        if isinstance(statement, BlockDeclaration):
+            if not in_block:
+                del kept[start]
+            in_block = False
+            continue
+        name = f"{statement.scope or ''}/{statement.selector}.{statement.arg_name or ''}"
+        if name in later:
+            for number in range(start, _end(lines, start)):
+                del kept[number]
+        in_block |= name not in later and kept[start][:1].isspace()
+        later.add(name)
+    return "\n".join(kept.values()).rstrip("\n") + "\n"
+
+
+def _end(lines: Sequence[Line], start: int) -> int:
+    """The index after the last line of the statement that begins at a line."""
+    rest = iter([line.text + "\n" for line in lines[start:]])
+    tokens = tokenize.generate_tokens(lambda: next(rest, ""))
+    return start + next(token.end[0] for token in tokens if token.type == tokenize.NEWLINE)
+
+
 # Building: bindings -> frozen configs ---------------------------------------------------------------------
 
 
@@ -195,8 +235,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
     real = path.resolve()
     root = next((folder for folder in real.parents if folder.name == "configs"), real.parent)
     lines = gather(path, root) + overriding(overrides)
-    source = "\n".join(line.text for line in lines).rstrip("\n") + "\n"
     bound = bindings(lines)
+    source = standing(lines)
     gin.clear_config()
     try:
         for name in SECTIONS:
@@ -305,8 +345,21 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a cell failed, 2 a wrong config or directory, 130 interrupted, 143 terminated."""
+    """Exit status: 0 done, 1 a cell failed, 2 refused, 130 interrupted, 141 output closed, 143 terminated."""
     options = arguments(argv)
+    try:
+        status = _ended(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough; what is left goes nowhere, at exit too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not options.dry_run:
+            print(f"standard output was closed; {GO_ON}", file=sys.stderr)
+        return 141
+
+
+def _ended(options: argparse.Namespace) -> int:
+    """`_start`, with the ends that a user or a machine makes of it."""
     try:
         with terminable():
             return _start(options)

@@ -47,9 +47,14 @@ EXPERIMENTS = {
 class RunConfig(Config):
     """Which program reads the other sections."""
 
-    experiment: str = "quickstart"
+    experiment: str = ""
 
     def validate(self) -> None:
+        if not self.experiment:
+            names = ", ".join(map(repr, EXPERIMENTS))
+            raise ConfigError(
+                f"experiment is not bound: expected Run.experiment = one of {names}", "experiment"
+            )
         if self.experiment not in EXPERIMENTS:
             hint = suggest(self.experiment, EXPERIMENTS)
             raise ConfigError(f"unknown experiment {self.experiment!r}{hint}", "experiment")

@@ -241,7 +241,7 @@ def _transcripts(shared: Material, config: SlimWhisper) -> Measure:
     logits = [_teacher_forced(shared.loaded, exact, each) for each in shared.heard]
     plans: dict[str, Plan] = {}
     if config.max_errors:
-        menus = menus_of(shared.layers, shared.calibrations)
+        menus = menus_of(shared.layers, shared.calibrations, enough=min(config.max_errors))
         for limit in config.max_errors:
             name = f"plan with errors of at most {limit:g}"
             plans[name] = choose(shared.layers, menus, max_error=limit)

@@ -27,10 +27,10 @@ from slimjax.config import (
     resolved,
 )
 from slimjax.data import Corpus, load_corpus
-from slimjax.train import Report, TrainState, held_out, state_shapes, train
+from slimjax.train import TrainState, held_out, state_shapes, train
 
 TITLE = "Training"
-FOLLOWED = ("loss", "bits_per_byte", "learning_rate", "tokens_per_second")  # what trackers are told
+FOLLOWED = ("mean_loss", "bits_per_byte", "learning_rate", "tokens_per_second")  # what trackers are told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +153,13 @@ def trained(
         if again:
             directory.metric({"event": "resume", "model": variant.name, "step": done})
         with opened as followers, deferred_signals() as caught:
+            reporting = Reporting(variant, corpus, directory, followers)
             state = train(
                 variant.model,
                 variant.train,
                 corpus,
-                on_step=_reporting(variant, corpus, directory, followers),
+                on_step=reporting.on_step,
+                on_loss=reporting.on_loss,
                 state=state,
                 save=lambda state: checkpoint.save(folder, int(state.step), state, keep=saving.keep),
                 save_every=saving.every,
@@ -179,17 +181,31 @@ def _restored(folder: Path, variant: Variant) -> TrainState:
         raise Refused(str(error)) from error
 
 
-def _reporting(
-    variant: Variant, corpus: Corpus, directory: RunDirectory, followers: Sequence[trackers.Tracker]
-) -> Report:
-    """What training calls with each report: to metrics.jsonl first, then the screen and the trackers."""
+class Reporting:
+    """What training calls: a line a step to metrics.jsonl first, then the screen and the trackers now and then.
 
-    def on_step(line: Mapping[str, float]) -> None:
-        bits = line["loss"] / math.log(2) / corpus.bytes_per_token
-        full = {"model": variant.name, **line, "bits_per_byte": bits}
-        directory.metric(full)
-        show(variant.name, full)
-        for follower in followers:
+    A line holds the step's own loss; where progress is due it also has the mean loss since the last time.
+    """
+
+    def __init__(
+        self, variant: Variant, corpus: Corpus, directory: RunDirectory, followers: Sequence[trackers.Tracker]
+    ):
+        self.variant, self.directory, self.followers = variant, directory, followers
+        self.nats_per_bit = math.log(2) * corpus.bytes_per_token
+        self.loss = math.nan  # of the newest step
+
+    def on_loss(self, step: int, loss: float) -> None:
+        self.loss = loss
+        train = self.variant.train
+        if step % train.log_every and step != train.steps:  # else on_step follows, with more to say
+            # Not synced each: the next line that is, or the system's own time, takes them along.
+            self.directory.metric({"model": self.variant.name, "step": step, "loss": loss}, sync=False)
+
+    def on_step(self, line: Mapping[str, float]) -> None:
+        mean = line["loss"]
+        own = {"loss": self.loss, "mean_loss": mean, "bits_per_byte": mean / self.nats_per_bit}
+        full = {"model": self.variant.name, **line, **own}
+        self.directory.metric(full)
+        show(self.variant.name, full)
+        for follower in self.followers:
             follower.log({name: full[name] for name in FOLLOWED}, int(line["step"]))
-
-    return on_step

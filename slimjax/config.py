@@ -111,7 +111,7 @@ class ModelConfig(Config):
     """A decoder language model; K, H, F (see the axis legend) are derived where not given."""
 
     vocab: Count = 256
-    layers: Count = 4
+    layers: Annotated[int, Range(least=1, most=1024)] = 4
     width: Count = 128
     heads: Count = 4
     kv_heads: Count | None = None  # None: as many as heads

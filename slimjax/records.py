@@ -225,8 +225,8 @@ def read(path: Path) -> list[Record]:
     return list(records.values())
 
 
-def append_line(path: Path, text: str) -> None:
-    """Append one line and flush it to the disk, over a torn last line if there is one.
+def append_line(path: Path, text: str, *, sync: bool = True) -> None:
+    """Append one line and flush it, over a torn last line if there is one; with ``sync``, to the disk itself.
 
     Several processes may append to one file: a lock keeps one from taking another's unfinished line for a torn one.
     """
@@ -237,7 +237,8 @@ def append_line(path: Path, text: str) -> None:
         file.seek(0, os.SEEK_END)
         file.write(text.encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def _whole_lines(file: BinaryIO) -> int:

@@ -73,6 +73,7 @@ def train(
     corpus: Corpus,
     *,
     on_step: Report | None = None,
+    on_loss: Callable[[int, float], object] | None = None,
     state: TrainState | None = None,
     until: int | None = None,
     save: Callable[[TrainState], object] | None = None,
@@ -84,7 +85,9 @@ def train(
     Args:
         model_config, train_config: see there.
         corpus: its vocabulary must fit the model's.
-        on_step: called after every ``log_every`` steps and after the last.
+        on_step: called after every ``log_every`` steps and after the last; its loss is the mean since the last.
+        on_loss: called for every step, in order, with its number and its loss, before ``on_step`` and ``save``
+            of that step; else one step late, while the device is at work on the next.
         state: goes on from there (it is consumed); None: from ``initial_state``.
         until: stop early, after this many steps in all, with the schedule of the full run.
         save: called after every ``save_every`` steps, after the last, and where ``stop`` stops; never after
@@ -101,21 +104,28 @@ def train(
     state = initial_state(model_config, train_config) if state is None else state
     step = _compiled_step(model_config, train_config)
     first, last = int(state.step), train_config.steps if until is None else until
-    begun, before = time.perf_counter(), None
+    begun, pending = time.perf_counter(), None
+
+    def told(step: int, loss: Array) -> None:
+        value = _finite(step, loss)
+        if on_loss is not None:
+            on_loss(step, value)
+
     for index in range(first, last):
         tokens = corpus.batch(train_config.seed, index, train_config.batch, train_config.length)
         state, loss = step(state, tokens)
-        if before is None:
+        if index == first:
             loss.block_until_ready()
             begun = time.perf_counter()  # the first step compiled
-        else:
-            _check_finite(index, before)  # one step late, while the device is at work on this one
-        before, done = loss, index + 1
+        if pending is not None:
+            told(index, pending)
+        pending, done = loss, index + 1
         halt = stop is not None and bool(stop())
         report = done == last or done % train_config.log_every == 0
         keep = halt or done == last or done % (save_every or last) == 0
         if report or keep:
-            _check_finite(done, loss)
+            told(done, loss)
+            pending = None
         if report and on_step is not None:
             on_step(_metrics(train_config, state, done, index - first, last, begun))
         if keep and save is not None:
@@ -125,9 +135,10 @@ def train(
     return state
 
 
-def _check_finite(step: int, loss: Array) -> None:
+def _finite(step: int, loss: Array) -> float:
     if not np.isfinite(value := float(loss)):
         raise FloatingPointError(f"step {step}: the loss is {value}; lower the learning rate")
+    return value
 
 
 def _metrics(

@@ -114,6 +114,39 @@ def test_findings_say_what_the_numbers_say():
     assert "Not measured: x:bf16" in text
 
 
+def test_identity_claims_no_more_than_what_was_measured():
+    whole, *_ = findings(records())
+    assert "all 4 schemes measured equal exact attention to 2e-14 or better" in whole
+    assert whole.endswith("what they lose elsewhere is precision.")
+    one, *_ = findings([record for record in records() if record.cell["scheme"] == "k:bf16"])
+    assert "the one scheme measured equals" in one
+    wrong, *_ = findings([Record(cell("default", "k:bf16", "float64"), {"identity_error": 0.02})])
+    assert wrong.endswith("to 2e-2 or better (relative L2).")
+
+
+def trained(model: str = "default", seed: int = 0, **metrics) -> Record:
+    where = {"experiment": "train", "model": model, "steps": 800, "seed": seed}
+    return Record(where, {"bits_per_byte": 2.7453} | metrics, provenance={"seed": seed})
+
+
+def test_training_is_told_in_sentences():
+    full = {"count": 8192, "tokens_per_second": 36123.4, "parameters": 117056}
+    (sentence,) = findings([trained(**full)])
+    assert sentence == (
+        "Model default, 117,056 parameters, needs 2.745 bits per byte on held-out text after 800 steps "
+        "(36,000 tokens per second)."
+    )
+    assert findings([trained(), trained("wide")]) == [
+        "Model default needs 2.745 bits per byte on held-out text after 800 steps.",
+        "Model wide needs 2.745 bits per byte on held-out text after 800 steps.",
+    ]
+    seeds = findings([trained(), trained(seed=1, bits_per_byte=2.8453)])
+    assert "needs 2.795 bits per byte" in seeds[0]
+    assert seeds[1:] == ["Numbers are means over the seeds 0 and 1."]
+    failed = Record({"experiment": "train", "model": "a"}, status="failed", reason="no text")
+    assert findings([failed]) == ["Not measured: 1 cells (failed: no text)."]
+
+
 class _Page(HTMLParser):
     """Tags, outside references and balance of a page."""
 
@@ -207,6 +240,70 @@ def test_plot_labels_cover_neither_each_other_nor_a_mark(draw):
     for line in axes.lines:
         for x, y in axes.transData.transform(line.get_xydata()):
             assert not any(box.contains(x, y) for box in boxes)
+
+
+@pytest.mark.parametrize("panels", [1, 2, 3])
+@pytest.mark.parametrize("name", ["penalty", "a model whose name alone is much wider than its only panel is"])
+def test_the_legend_lies_inside_the_figure(panels, name):
+    some = [r for r in records(("default", "orthogonal", name)) if r.cell["dtype"] in DTYPES[1 : 1 + panels]]
+    figure = plots.equivalence_plot(some)
+    assert len(figure.axes) == panels
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 6
+    box, frame = legend.get_window_extent(canvas.get_renderer()), figure.bbox
+    assert frame.x0 <= box.x0 and box.x1 <= frame.x1  # noqa: PT018
+    assert frame.y0 <= box.y0 and box.y1 <= figure.axes[0].get_window_extent().y0  # noqa: PT018
+
+
+@pytest.mark.parametrize("draw", [plots.equivalence_plot, front.pareto_plot])
+def test_tick_labels_keep_apart_within_and_between_panels(draw):
+    sizes = {"kv:float32": 3072, "kv:bf16": 1536, "k:int8": 432, "x1:int8": 396}
+    some = [
+        Record(
+            cell(model, scheme, dtype),
+            {"attention_error": 10 / size, "bits_per_byte_change": 1 / size, "bytes_per_token": size},
+        )
+        for model in ("default", "orthogonal", "penalty")
+        for dtype in DTYPES[1:]
+        for scheme, size in sizes.items()
+    ]
+    figure = draw(some)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes, texts = [], []
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        for tick in axes.xaxis.get_major_ticks():
+            if low <= tick.get_loc() <= high and tick.label1.get_visible():
+                boxes.append(tick.label1.get_window_extent(canvas.get_renderer()))
+                texts.append(tick.label1.get_text())
+    assert len(boxes) >= 9
+    assert {"512", "1,024", "2,048"} <= set(texts)
+    boxes.sort(key=lambda box: box.x0)
+    assert all(b.x0 - a.x1 >= 9 for a, b in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("top", [0.0, 2.4e-5, 9.9e-5, 3e-2])
+def test_the_axis_of_changes_has_round_ticks_from_zero(top):
+    some = [
+        Record(cell(model, scheme, "float32"), {"bytes_per_token": size, "bits_per_byte_change": change})
+        for model in ("default", "orthogonal")
+        for scheme, size, change in (("k:bf16", 64, top), ("kv:bf16", 128, -top / 10))
+    ]
+    figure = front.pareto_plot(some)
+    assert figure is not None
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    assert low < 0 <= top < high
+    shown = zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+    ticks = {tick: text.get_text() for tick, text in shown if low <= tick <= high}
+    assert len(ticks) >= 3
+    assert min(ticks) == 0
+    if top < 1e-4:
+        assert all(re.fullmatch(r"0|\d(\.5)?e-\d", text) for text in ticks.values())
 
 
 def test_facts_name_the_device_and_the_date():

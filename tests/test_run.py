@@ -1,15 +1,16 @@
-"""The way in: every mistake in a config is one line before anything runs; a run is done once and goes on."""
+"""The way in: every mistake in a config is one line before anything runs."""
 
-import fcntl
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import sweep_toy
 
-from experiments import directory, run, settings
+from experiments import run, settings
 from experiments.settings import Unit
-from slimjax.records import read
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,6 +35,9 @@ def config(tmp_path):
     folder.mkdir()
 
     def write(text: str, name: str = "a.gin") -> Path:
+        """A main config that names no experiment gets one, below all else."""
+        if name == "a.gin" and "Run.experiment" not in text:
+            text += "\nRun.experiment = 'quickstart'"
         (folder / name).write_text(text)
         return folder / name
 
@@ -76,11 +80,13 @@ def refused(capsys, *argv: str | Path) -> str:
         ),
         ("steps = 3", ":1:", "steps is bound but never used"),
         ("Train.steps = %step\nsteps = 3", ":1:", "%step is not defined; did you mean 'steps'?"),
+        ("n = %n\nTrain.steps = %n", ":1:", "%n is defined by itself"),
+        ("a = (1, %b)\nb = %a\nTrain.steps = %a", ":1:", "%a is defined by itself"),
         ("Model.layers = %gin.REQUIRED", "", "not subsequently overridden"),
         ("Model.layers = @Model()", ":1:", "references are not allowed"),
         ("Data.path = @Train", ":1:", "references are not allowed"),
         ("Model.layers = 1 +", ":1:", "Expected newline"),
-        ("\n\nModel.layers = (1,", ":3:", "multi-line"),
+        ("Run.experiment = 'toy'\n\nModel.layers = (1,", ":3:", "multi-line"),
         ("Model.layers", ":1:", "Couldn't parse statement"),
         ("Model.layers = 1\x0cimport os", ":1:", "control character"),
         ("include 'missing.gin'", ":1:", "not a file"),
@@ -158,6 +164,59 @@ def test_scopes_set_one_model_apart(config):
     assert (one.model.layers, two.model.layers, one.train.steps, two.train.steps) == (2, 3, 60, 60)
 
 
+def test_set_of_one_field_twice_is_refused(config, capsys):
+    for second in ("1", "2"):
+        message = refused(
+            capsys,
+            config("Train.batch = 2"),
+            "--dry-run",
+            "--set",
+            "Train.seed = 1",
+            "--set",
+            f"Train.seed = {second}",
+        )
+        assert f"--set 'Train.seed = {second}': Train.seed is bound twice" in message
+
+
+def test_a_config_that_names_no_experiment_is_told_them(config, capsys):
+    message = refused(capsys, config("Train.steps = 60  # no Run.experiment"), "--dry-run")
+    assert "expected Run.experiment = one of 'quickstart', 'train'" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "kept"),
+    [
+        (
+            "# head\nTrain.steps = 70  # old\nTrain.seed = 2",
+            ["Train.steps = 60"],
+            ["# head", "Train.seed = 2"],
+        ),
+        (
+            "Model:\n  layers = 3\n  heads = 2\nTrain.seed = 2",
+            ["Model.heads = 4"],
+            ["Model:", "  layers = 3", "Train.seed = 2"],
+        ),
+        ("Model:\n  heads = 2\nTrain.seed = 2", ["Model.heads = 4"], ["Train.seed = 2"]),
+        (
+            "Quickstart.models = (\n    'one',  # it\n\n    'two',\n)\n# below\nTrain.seed = 2",
+            ["Quickstart.models = ('one',)", "one/Model.layers = 3"],
+            ["# below", "Train.seed = 2"],
+        ),
+        ("include 'base.gin'\nModel.layers = 3", [], ["Train.seed = 2", "", "Model.layers = 3"]),
+        ("n = 60\nTrain.steps = %n\nTrain.seed = 2", ["n = 70"], ["Train.steps = %n", "Train.seed = 2"]),
+    ],
+)
+def test_the_saved_config_is_the_same_run(config, text, overrides, kept):
+    config("Train.seed = 2\nModel.layers = 2\n", "base.gin")
+    plan = run.load(config(text), overrides)
+    lines = [*kept, "Run.experiment = 'quickstart'"]
+    if overrides:
+        lines += ["", "# Given with --set:", *overrides]
+    assert plan.source == "\n".join(lines) + "\n"
+    saved = run.load(config(plan.source))
+    assert (saved.run, saved.source) == (plan.run, plan.source)
+
+
 def test_includes_are_put_in_place(config, capsys):
     config("Model.layers = 2\nModel.heads = 2\n", "base.gin")
     path = config("include 'base.gin'\nModel.layers = 3\n")
@@ -211,187 +270,27 @@ def test_what_cannot_be_built_is_refused_before_the_first(toy, config, capsys, m
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def launch(toy, config, tmp_path):
-    """Runs the toy in one directory."""
-    path = config("Run.experiment = 'toy'")
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OverflowError("int too large"), ValueError("shapes"), TypeError("no")]
+)
+def test_sizes_beyond_all_reason_are_one_line(toy, config, capsys, monkeypatch, error):
+    def forecast(unit, config):
+        raise error
 
-    def start(*arguments: str) -> int:
-        return run.main([str(path), "--out", str(tmp_path / "out"), *arguments])
-
-    return start
-
-
-ALL = list(range(12))
+    monkeypatch.setattr(sweep_toy, "forecast", forecast)
+    message = refused(capsys, config("Run.experiment = 'toy'"), "--dry-run")
+    assert f"unit0 cannot be built: {error or 'not enough memory'}" in message
 
 
-def test_a_run_directory_holds_what_made_it(launch, tmp_path, capsys):
-    assert launch("--set", "Train.steps = 77") == 0
-    out = tmp_path / "out"
-    assert capsys.readouterr().out.endswith(f"report: {out / 'report.html'}\n")
-    assert "Train.steps = 77" in (out / "config.gin").read_text()
-    assert "Train.batch = 16" in (out / "operative.gin").read_text()
-    resolved = json.loads((out / "resolved.json").read_text())
-    assert resolved["config"]["steps"] == 77
-    result = json.loads((out / "result.json").read_text())
-    assert result["cells"] == {"ok": 12, "refused": 0, "failed": 0, "out-of-memory": 0}
-    assert result["sweep"].keys() == {"cells", "seconds", "cells_per_minute", "jobs"}
-    assert run.load(out / "config.gin").run == result["run"]
-    stamp = json.loads((out / "stamp.json").read_text())
-    assert stamp["source"] == directory.source_hash()
-    assert stamp["versions"].keys() == {"python", "jax", "jaxlib", "flax", "numpy"}
-    assert {record.provenance["source"] for record in read(out / "records.jsonl")} == {stamp["source"]}
-
-
-def test_a_finished_run_is_only_reported(launch, tmp_path, capsys):
-    assert [launch(), launch()] == [0, 0]
-    assert sweep_toy.seen(tmp_path) == ALL
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_an_interrupted_run_goes_on(launch, toy, tmp_path, capsys):
-    toy(**{"raise": {"KeyboardInterrupt": [6]}})
-    assert launch() == 130
-    assert "interrupted" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "result.json").exists()
-    assert (tmp_path / "out" / "report.html").read_text() == str(ALL[:4])  # of a half-finished run
-    toy()
-    assert launch() == 0
-    assert sweep_toy.seen(tmp_path) == [*ALL[:6], *ALL[6:7], *ALL[6:]]
-    assert (tmp_path / "out" / "report.html").read_text() == str(ALL)
-
-
-def test_what_can_be_mended_ends_the_run_and_is_no_row(launch, toy, tmp_path, capsys):
-    toy(**{"raise": {"Refused": [6]}})
-    assert launch() == 2
-    assert capsys.readouterr().err == "error: toy 6\n"
-    toy()
-    assert launch() == 0
-    assert {record.status for record in read(tmp_path / "out" / "records.jsonl")} == {"ok"}
-
-
-def test_no_resume_starts_again_and_keeps_the_old(launch, tmp_path):
-    assert [launch(), launch("--no-resume")] == [0, 0]
-    assert sweep_toy.seen(tmp_path) == ALL * 2
-    assert (tmp_path / "out~1" / "result.json").exists()
-    assert (tmp_path / "out" / "result.json").exists()
-
-
-@pytest.fixture
-def other_code(launch, toy, tmp_path, monkeypatch):
-    """`other_code(finished=...)` leaves a run of other code, and this code to go on with it."""
-
-    def leave(*, finished):
-        with monkeypatch.context() as patch:
-            patch.setattr(directory, "source_hash", lambda: "of other code")
-            toy(**({} if finished else {"raise": {"KeyboardInterrupt": [6]}}))
-            launch()
-        toy()
-        return sweep_toy.seen(tmp_path)
-
-    return leave
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_results_of_other_code_are_not_reused(other_code, launch, tmp_path, finished):
-    before = other_code(finished=finished)
-    assert launch() == 0
-    assert sweep_toy.seen(tmp_path) == before + ALL
-    assert (tmp_path / "out~1" / "records.jsonl").exists()
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_reuse_goes_on_with_results_of_other_code_and_says_so(other_code, launch, tmp_path, finished, capsys):
-    before = other_code(finished=finished)
-    out = tmp_path / "out"
-    (out / "report.html").unlink()
-    assert launch("--reuse") == 0
-    assert sweep_toy.seen(tmp_path) == before + ([] if finished else ALL[6:])
-    assert (
-        "goes on with what other code or versions made there: source of other code" in capsys.readouterr().out
-    )
-    assert not (tmp_path / "out~1").exists()
-    assert (out / "report.html").read_text() == str(ALL)
-    stamp, result = (json.loads((out / name).read_text()) for name in ("stamp.json", "result.json"))
-    assert stamp["source"] == directory.source_hash()
-    assert stamp["reused"] == result["reused"]
-    assert [other["source"] for other in result["reused"]] == ["of other code"]
-    assert result["reused"][0]["versions"] == stamp["versions"]
-    sources = [record.provenance["source"] for record in read(out / "records.jsonl")]
-    assert sources == ["of other code"] * len(set(before) - {6} if not finished else ALL) + (
-        [] if finished else [stamp["source"]] * 6
-    )
-    assert launch() == 0  # accepted once, it is this run
-    assert "nothing to do" in capsys.readouterr().out
-    assert json.loads((out / "result.json").read_text()) == result
-
-
-def test_failed_cells_are_rows_and_the_exit_status(launch, toy, tmp_path, capsys):
-    toy(**{"raise": {"RuntimeError": [1], "MemoryError": [2], "NotImplementedError": [3]}})
-    assert launch() == 1
-    assert sweep_toy.seen(tmp_path) == ALL
-    assert "2 cells failed" in capsys.readouterr().err
-    found = {r.cell["batch"]: (r.status, r.reason) for r in read(tmp_path / "out" / "records.jsonl")}
-    assert found[1] == ("failed", "RuntimeError: toy 1")
-    assert found[2] == ("out-of-memory", "MemoryError: toy 2")
-    assert found[3] == ("refused", "toy 3")
-    assert found[4] == ("ok", "")
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert log.count("Traceback") == 2
-    assert launch() == 1  # a finished run is as bad as it was
-
-
-def test_a_unit_that_cannot_be_opened_is_a_row_for_each_of_its_cells(launch, monkeypatch, tmp_path):
-    def prepare(unit, config, place, before=sweep_toy.prepare):
-        if unit.data == 1:
-            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
-        return before(unit, config, place)
-
-    monkeypatch.setattr(sweep_toy, "prepare", prepare)
-    assert launch() == 1
-    assert sweep_toy.seen(tmp_path) == [*ALL[:4], *ALL[8:]]
-    statuses = [record.status for record in read(tmp_path / "out" / "records.jsonl")]
-    assert statuses == ["ok"] * 4 + ["out-of-memory"] * 4 + ["ok"] * 4
-
-
-def test_a_foreign_directory_is_left_alone(launch, tmp_path, capsys):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("precious")
-    assert launch() == 2
-    assert "not a run directory" in capsys.readouterr().err
-    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
-
-
-def test_a_directory_of_another_run_is_left_alone(launch, capsys):
-    assert launch() == 0
-    assert launch("--set", "Train.seed = 5") == 2
-    assert "holds run" in capsys.readouterr().err
-
-
-def test_two_processes_do_not_share_a_run(launch, tmp_path, capsys):
-    assert launch() == 0
-    with (tmp_path / "out" / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert launch("--no-resume") == 2
-    assert "another process is at work" in capsys.readouterr().err
-
-
-def test_the_source_hash_covers_every_python_file(monkeypatch):
-    read = Path.read_bytes
-    before = directory.source_hash()
-    for name in ("slimjax/records.py", "experiments/run.py", "slimjax/attention/reference.py"):
-        monkeypatch.setattr(
-            Path, "read_bytes", lambda self, name=name: read(self) + b"#" * self.as_posix().endswith(name)
+def test_a_reader_that_has_read_enough_ends_it_quietly(config):
+    """Standard output is a pipe whose other end is closed, as after `| head -0`."""
+    command = [sys.executable, "-m", "experiments.run", str(config("Train.seed = 1")), "--dry-run"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, check=False
         )
-        assert directory.source_hash() != before
-    monkeypatch.setattr(Path, "read_bytes", read)
-    assert directory.source_hash() == before
-
-
-def test_a_folder_of_something_else_is_left_as_it_was(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    code = run.main(["configs/quickstart.gin", "--out", str(tmp_path)])
-    assert code == 2
-    assert "not a run directory" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    assert run.main(["configs/quickstart.gin", "--out", str(tmp_path / "thesis.tex")]) == 2
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (141, "")

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from slimjax.records import STATUSES, Record
 from slimjax.report.equivalence import compute_dtypes, exact_bits
-from slimjax.report.generic import spans
-from slimjax.report.samples import distinct, measured, metric, seeds, select, trouble
+from slimjax.report.generic import coordinates, spans, where
+from slimjax.report.samples import by_cell, distinct, measured, metric, seeds, select, trouble
 from slimjax.report.tables import change, large, scientific
 
 KEPT = 1e-3  # bits per byte; a change up to this size counts as none
+ALGEBRA = 1e-6  # relative L2 in float64; an error beyond it is not one of rounding
 
 
 def findings(records: Sequence[Record]) -> list[str]:
@@ -28,7 +29,7 @@ def findings(records: Sequence[Record]) -> list[str]:
         *(_kept(select(records, model=model), model) for model in models[1:]),
         *(_conditioning(records, scheme) for scheme in schemes),
     ]
-    found = [sentence for sentence in sentences if sentence] or spans(records)
+    found = [sentence for sentence in sentences if sentence] or _trained(records) or spans(records)
     found += [_seeds(records)] if found else []
     found += [_unmeasured(records, status) for status in STATUSES if status != "ok"]
     found += [_waiting(records)] if any(map(measured, records)) else []
@@ -55,13 +56,34 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _identity(records: Sequence[Record]) -> str:
-    errors = [record.metrics["identity_error"] for record in records if "identity_error" in record.metrics]
-    if not errors:
+    here = [record for record in records if "identity_error" in record.metrics]
+    if not here:
         return ""
+    schemes, worst = len(distinct(here, "scheme")), max(record.metrics["identity_error"] for record in here)
+    which = f"all {schemes} schemes measured equal" if schemes > 1 else "the one scheme measured equals"
+    rest = ": what they lose elsewhere" if schemes > 1 else ": what it loses elsewhere"
     return (
-        f"In float64, from a cache stored exactly, every scheme measured equals exact attention to "
-        f"{_at_most(max(errors))} or better (relative L2): the algebra holds, all that follows is precision."
+        f"In float64, from a cache stored exactly, {which} exact attention to {_at_most(worst)} or better "
+        f"(relative L2){f'{rest} is precision' if worst <= ALGEBRA else ''}."
     )
+
+
+def _trained(records: Sequence[Record], most: int = 8) -> list[str]:
+    """A sentence per trained model, in order of appearance, means over seeds; empty for any other experiment."""
+    done = [record for record in select(records, experiment="train") if "bits_per_byte" in record.metrics]
+    apart = [name for name in coordinates(done) if name not in ("model", "steps")] if done else []
+    return [_training(here, where(here[0], ["model", *apart])) for here in by_cell(done).values()][:most]
+
+
+def _training(records: Sequence[Record], model: str) -> str:
+    bits, size, speed = (
+        metric(records, name) for name in ("bits_per_byte", "parameters", "tokens_per_second")
+    )
+    steps = records[0].cell.get("steps")
+    parameters = "" if size is None else f", {large(size)} parameters,"
+    after = f" after {large(steps)} step{'s' * (steps != 1)}" if isinstance(steps, int) else ""
+    rate = "" if speed is None else f" ({large(float(f'{speed:.2g}'))} tokens per second)"
+    return f"Model {model}{parameters} needs {bits:.3f} bits per byte on held-out text{after}{rate}."
 
 
 def _at_most(value: float) -> str:

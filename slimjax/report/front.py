@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from matplotlib.ticker import MaxNLocator
 
 from slimjax.records import Record
 from slimjax.report.equivalence import compute_dtypes
@@ -13,6 +14,7 @@ from slimjax.report.plots import INK, basis_colour, bytes_axis, label, legend, s
 from slimjax.report.samples import Spread, distinct, sample, select
 
 MODELS = 3  # panels side by side
+SMALL = 1e-4  # bits per byte; the axis of changes is linear below
 Point = tuple[float, Spread, str, str]  # bytes per token, what the cache costs, scheme, basis
 METRICS = {
     "attention_error": "attention error, worst layer (relative L2)",
@@ -70,6 +72,10 @@ def pareto_plot(records: Sequence[Record]) -> Figure | None:
             title = f"{model}, {dtype} compute" if dtype else str(model)
             bytes_axis(axes, title if name == rows[0] else "", last=name == rows[-1])
             labels[axes] = _panel(axes, points(select(here, model=model), name), bases, name)
+        if name != "attention_error":
+            _changes_axis(
+                line[0], [point for model in models for point in points(select(here, model=model), name)]
+            )
     legend(figure, bases, ())
     spread_labels(figure, labels)
     return figure
@@ -80,8 +86,6 @@ def _panel(axes: Axes, found: Sequence[Point], bases: Sequence[str], name: str) 
     if name == "attention_error":
         found = [point for point in found if point[1].mean > 0]  # a log axis has no room for 0
         axes.set_yscale("log")
-    else:
-        axes.set_yscale("symlog", linthresh=1e-4, linscale=0.6)
     best = front(found)
     for point in found:
         size, cost, _, basis = point
@@ -97,8 +101,28 @@ def _panel(axes: Axes, found: Sequence[Point], bases: Sequence[str], name: str) 
     if path:
         xs, ys = zip(*path, strict=True)
         axes.plot(xs, ys, color="#808080", linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
-    if name != "attention_error":
-        axes.set_ylim(bottom=-3e-5)  # room below 0 for the marks there; fixed last, it ends the scaling
     return [
         label(axes, size, cost.mean, scheme, basis_colour(bases, basis)) for size, cost, scheme, basis in best
     ]
+
+
+def _changes_axis(axes: Axes, found: Sequence[Point]) -> None:
+    """The axis of a row of changes: from 0, which no log axis has; linear where decades would have no tick but 0.
+
+    Below 0 there is room for the marks at 0. Called last, because it ends the scaling.
+    """
+    top = max(cost.mean + cost.deviation for _, cost, *_ in found)
+    if top > SMALL:
+        axes.set_yscale("symlog", linthresh=SMALL, linscale=0.6)
+        axes.set_ylim(bottom=-0.3 * SMALL)
+        return
+    top = top or SMALL
+    axes.set_ylim(-0.1 * top, 1.15 * top)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(_scientific)
+
+
+def _scientific(value: float, _: float) -> str:
+    """`2e-5`, `1.5e-5`, `0`."""
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}" if value else "0"

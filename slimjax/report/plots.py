@@ -6,6 +6,7 @@ Colours are mid-tones that read on white and on near-black; a saved file has a w
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
@@ -182,10 +183,23 @@ def legend(figure: Figure, bases: Sequence[str], models: Sequence[str]) -> None:
             mark(f"model {model}", next(marks), INK, "none" if i else INK) for i, model in enumerate(models)
         ]
     if handles:
-        columns = min(len(handles), 4 * len(figure.axes))
-        figure.legend(
+        _place_legend(figure, handles)
+
+
+def _place_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """In as many columns as fit into the figure; for a name wider than the figure the figure grows."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(len(handles), 0, -1):
+        box = figure.legend(
             handles=handles, loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK
         )
+        wide = box.get_window_extent(renderer).width
+        if wide <= figure.bbox.width:
+            return
+        if columns == 1:
+            figure.set_figwidth(wide / figure.dpi + 0.1)
+        else:
+            box.remove()
 
 
 def label(axes: Axes, x: float, y: float, text: str, colour: str) -> Annotation:
@@ -205,9 +219,10 @@ def label(axes: Axes, x: float, y: float, text: str, colour: str) -> Annotation:
 
 
 def spread_labels(figure: Figure, labels: Mapping[Axes, Sequence[Annotation]]) -> None:
-    """Move each label to the nearest place where it covers no mark and no other label."""
+    """Move each label to the nearest place where it covers no mark and no other label; ticks are thinned first."""
     canvas = _settle(figure)
     renderer = canvas.get_renderer()
+    _thin_ticks(figure, renderer)
     for axes, texts in labels.items():
         frame = axes.get_window_extent(renderer)
         marks = [_pixels(line) for line in axes.lines]
@@ -220,6 +235,38 @@ def spread_labels(figure: Figure, labels: Mapping[Axes, Sequence[Annotation]]) -
             box, offset = _free_place(anchor, size.width + 4, size.height + 2, taken, frame)
             text.set_position((offset[0] * 72 / figure.dpi, offset[1] * 72 / figure.dpi))
             taken.append(box)
+
+
+def _thin_ticks(figure: Figure, renderer: RendererAgg, gap: float = 10) -> None:
+    """Drop, in all panels alike, each x tick whose label comes within `gap` pixels of the one before it.
+
+    The one before may be the next panel's: panels stand closer than a wide label at their edge has room for.
+    """
+    rows: dict[int, list[tuple[Bbox, float]]] = {}
+    for axes in figure.axes:
+        row = rows.setdefault(round(axes.get_window_extent(renderer).y0), [])
+        inside = set(_ticks(axes))
+        for tick in axes.xaxis.get_major_ticks():
+            if tick.get_loc() in inside and tick.label1.get_visible():  # upper panels may have none
+                row.append((tick.label1.get_window_extent(renderer), float(tick.get_loc())))
+    dropped: set[float] = set()
+    for row in rows.values():
+        end = -math.inf
+        for box, tick in sorted(row, key=lambda pair: pair[0].x0):
+            if tick in dropped or not box.width:
+                continue
+            if box.x0 < end + gap:
+                dropped.add(tick)
+            else:
+                end = box.x1
+    for axes in figure.axes if dropped else ():
+        axes.set_xticks([tick for tick in _ticks(axes) if tick not in dropped])
+
+
+def _ticks(axes: Axes) -> list[float]:
+    """The x ticks between the limits: a locator gives some beyond."""
+    low, high = axes.get_xlim()
+    return [float(tick) for tick in axes.get_xticks() if low <= tick <= high]
 
 
 def _settle(figure: Figure) -> FigureCanvasAgg:
