@@ -4,6 +4,9 @@ Its fastest ordinary form: fused AdamW, `scaled_dot_product_attention`, weights 
 that is allocated once. Imported only where torch is installed.
 """
 
+# pyright: reportMissingImports=false, reportUnnecessaryTypeIgnoreComment=false
+# torch is an extra: types are checked without it too.
+
 import os
 from collections.abc import Callable
 from typing import Any
