@@ -100,10 +100,14 @@ def units(config: SlimWhisper) -> list[Unit]:
 
 
 def _layer_cells(config: SlimWhisper, index: int, kind: str) -> tuple[Cell, ...]:
-    base = {"experiment": "slim_whisper", "model": Path(config.model).name, "layer": index, "attention": kind}
-    schemes = [{**base, **coordinates(parse_scheme(text))} for text in config.layer_schemes]
+    place = {"model": Path(config.model).name, "layer": index, "attention": kind}
+    schemes = [
+        {"experiment": "whisper_layers", **place, **coordinates(parse_scheme(text))}
+        for text in config.layer_schemes
+    ]
+    chosen = coordinates(parse_scheme(config.product_scheme))
     products = [
-        {**base, **coordinates(parse_scheme(config.product_scheme)), "compute": product}
+        {"experiment": "whisper_products", **place, **chosen, "compute": product}
         for product in config.products
     ]
     return (*schemes, *products)
@@ -115,7 +119,7 @@ def coordinates(scheme: Scheme) -> dict[str, Any]:
 
 
 def _transcript_cells(config: SlimWhisper) -> tuple[Cell, ...]:
-    base = {"experiment": "slim_whisper", "model": Path(config.model).name, "attention": "both"}
+    base = {"experiment": "whisper_transcripts", "model": Path(config.model).name}
     plans = [f"plan with errors of at most {limit:g}" for limit in config.max_errors]
     return tuple({**base, "scheme": scheme} for scheme in (*config.schemes, *plans))
 

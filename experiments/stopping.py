@@ -20,15 +20,22 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated, wherever the program is, as Ctrl-C raises KeyboardInterrupt."""
+    """SIGTERM raises Terminated, wherever the program is, as Ctrl-C raises KeyboardInterrupt.
+
+    Ctrl-C's signal counts even where it came ignored, as to a program that a script starts behind `&`: whoever
+    sends it there means it.
+    """
     if threading.current_thread() is not threading.main_thread():  # elsewhere signals do not arrive
         yield
         return
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, _terminate)}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for name, handler in previous.items():
+            signal.signal(name, handler or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ CELL = {
     "experiment": "program that made the record",
     "model": "variant of the model, or its name",
     "layer": "attention layer, from 0",
-    "attention": "self, cross, or both",
+    "attention": "self or cross",
     "scheme": "cache scheme, basis[option]:codec[bits][/group][+R][@softmax]",
     "basis": "what is cached",
     "option": "1: rebuild keys or values, 2: absorb their weights",

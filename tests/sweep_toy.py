@@ -7,7 +7,6 @@ directory. As a program it is `experiments.run` with this experiment known.
 
 import json
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -86,5 +85,4 @@ def seen(folder):
 
 if __name__ == "__main__":
     known()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run.main())
