@@ -117,8 +117,8 @@ def test_noise_is_refused(tmp_path):
     rng = np.random.default_rng(0)
     for size in (1, 5, 64, 4_096):
         for _ in range(20):
-            damaged(tmp_path, rng.bytes(size))
-            damaged(tmp_path, struct.pack("<I", 6) + rng.bytes(size))
+            assert damaged(tmp_path, rng.bytes(size))
+            assert damaged(tmp_path, struct.pack("<I", 6) + rng.bytes(size))
 
 
 def test_an_alias_of_nothing(tmp_path, arrays):

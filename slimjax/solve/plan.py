@@ -33,6 +33,25 @@ class Choice:
     condition_number: float | None = None
     tried: tuple[Mapping[str, Any], ...] = ()
 
+    @classmethod
+    def of(
+        cls, name: str, option: Option, reason: str, tried: tuple[Mapping[str, Any], ...] = ()
+    ) -> "Choice":
+        """The line that takes an option for the layer called ``name``."""
+        return cls(
+            name=name,
+            scheme=str(option.scheme),
+            error=option.error,
+            bytes_per_token=option.bytes_per_token,
+            weight_bytes=option.weight_bytes,
+            reason=reason,
+            how=option.how,
+            calibration_error=option.calibration_error,
+            exact_error=option.exact_error,
+            condition_number=option.condition_number,
+            tried=tried,
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
@@ -232,19 +251,7 @@ def _choice(layer: Layer, options: Sequence[Option], one: Option, limit: float) 
         else {"scheme": str(o.scheme), "error": o.error, "bytes_per_token": o.bytes_per_token}
         for o in options
     )
-    return Choice(
-        name=layer.name,
-        scheme=str(one.scheme),
-        error=one.error,
-        bytes_per_token=one.bytes_per_token,
-        weight_bytes=one.weight_bytes,
-        reason=reason,
-        how=one.how,
-        calibration_error=one.calibration_error,
-        exact_error=one.exact_error,
-        condition_number=one.condition_number,
-        tried=tried,
-    )
+    return Choice.of(layer.name, one, reason, tried)
 
 
 def weights_digest(layers: Iterable[Layer]) -> str:

@@ -90,15 +90,4 @@ def _choice(name: str, option: Option, max_error: float | None) -> Choice:
         )
     if max_error is not None and not option.error <= max_error:
         reason += f"; its error exceeds {max_error:.1e}"
-    return Choice(
-        name=name,
-        scheme=str(option.scheme),
-        error=option.error,
-        bytes_per_token=option.bytes_per_token,
-        weight_bytes=option.weight_bytes,
-        reason=reason,
-        how=option.how,
-        calibration_error=option.calibration_error,
-        exact_error=option.exact_error,
-        condition_number=option.condition_number,
-    )
+    return Choice.of(name, option, reason)
