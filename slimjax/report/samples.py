@@ -9,7 +9,7 @@ from slimjax.records import CELL, Record, cell_key
 
 # Coordinates that tell the rows of one model's table apart; `scheme` holds all of the second line.
 PARTS_OF_SCHEME = ("basis", "option", "extra", "codec", "bits", "group", "softmax")
-WITHIN_MODEL = ("scheme", *PARTS_OF_SCHEME, "compute", "dtype", "seed")
+WITHIN_MODEL = ("layer", "attention", "scheme", *PARTS_OF_SCHEME, "compute", "dtype", "seed")
 
 
 @dataclass(frozen=True)
