@@ -2,17 +2,25 @@
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from slimjax.pytree import pytree, static
+
+# What a stream's rows are: keys (and whatever stands in for them) or values, which some codecs group otherwise.
+Role = Literal["k", "v"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec(abc.ABC):
     """How rows of a cache are stored. Every array of the codes keeps the leading axes [B, S].
 
-    A codec is *token-local*: the codes of a token depend on that token alone, so a cache appends by
-    writing them at the token's slot, and chunks, one token at a time and all at once store the same codes.
+    A codec is *token-local* unless it is a ``TiledCodec``: the codes of a token depend on that token alone, so
+    a cache appends by writing them at the token's slot, and chunks, one token at a time and all at once store
+    the same codes.
     """
 
     @property
@@ -21,7 +29,7 @@ class Codec(abc.ABC):
         """The name that the scheme grammar knows it by."""
 
     @abc.abstractmethod
-    def encode(self, rows: Float[Array, "B S K H"]) -> Any:
+    def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Any:
         """Rows of any float dtype to a pytree of codes."""
 
     @abc.abstractmethod
@@ -29,5 +37,56 @@ class Codec(abc.ABC):
         """Codes back to rows, in float32 (float64 for a float64 codec): no further rounding."""
 
     @abc.abstractmethod
-    def nbytes(self, shape: tuple[int, int, int, int]) -> int:
+    def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         """Bytes that the codes of rows of shape [B, S, K, H] take, scales included."""
+
+
+@pytree
+class Tiles:
+    """Codes of n whole tiles, [B, n, ...], of which the first ``tokens`` tokens are meant."""
+
+    codes: Any
+    tokens: int = static()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TiledCodec(Codec):
+    """A codec whose codes depend on ``tile`` consecutive tokens together: scales shared along tokens.
+
+    A cache keeps the newest tokens in a buffer and encodes whole tiles of them at once.
+
+    Attributes:
+        tile: G, tokens encoded together.
+    """
+
+    tile: int = 64
+
+    def __post_init__(self) -> None:
+        if self.tile < 1:
+            raise ValueError(f"{self.tile=}: a tile has at least one token")
+
+    @abc.abstractmethod
+    def encode_tiles(self, rows: Float[Array, "B n G K H"], role: Role = "k") -> Any:
+        """Whole tiles to codes; every array of the codes keeps the leading axes [B, n]."""
+
+    @abc.abstractmethod
+    def decode_tiles(self, codes: Any) -> Float[Array, "B n G K H"]:
+        """Codes of whole tiles back to rows, float32."""
+
+    def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Tiles:
+        """Any number of tokens; the last tile is filled up with copies of the last token."""
+        batch, tokens, *row = rows.shape
+        count = -(-tokens // self.tile)
+        filled = jnp.pad(rows, ((0, 0), (0, count * self.tile - tokens), (0, 0), (0, 0)), mode="edge")
+        codes = self.encode_tiles(filled.reshape(batch, count, self.tile, *row), role)
+        return Tiles(codes=codes, tokens=tokens)
+
+    def decode(self, codes: Tiles) -> Float[Array, "B S K H"]:
+        rows = self.decode_tiles(codes.codes)
+        batch, count, tile, *row = rows.shape
+        return rows.reshape(batch, count * tile, *row)[:, : codes.tokens]
+
+
+def measured_bytes(codes: Any) -> int:
+    """Bytes of the arrays (or shapes) of codes."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(codes))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slimjax.cache.codecs.base import Codec
+from slimjax.cache.codecs.base import Codec, Role
 from slimjax.numerics import accumulation_dtype
 
 _DTYPES = {"float64": "float64", "float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -38,7 +38,7 @@ class FloatCodec(Codec):
         """The storage dtype."""
         return jnp.dtype(_DTYPES[self.kind])
 
-    def encode(self, rows: Float[Array, "B S K H"]) -> Float[Array, "B S K H"]:
+    def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Float[Array, "B S K H"]:
         if self.kind == "float64" and not jax.config.read("jax_enable_x64"):
             raise ValueError("codec float64 needs jax's 64-bit mode: run inside `with jax.enable_x64(True):`")
         return rows.astype(self.dtype)
@@ -46,5 +46,5 @@ class FloatCodec(Codec):
     def decode(self, codes: Float[Array, "B S K H"]) -> Float[Array, "B S K H"]:
         return codes.astype(accumulation_dtype(self.dtype))
 
-    def nbytes(self, shape: tuple[int, int, int, int]) -> int:
+    def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         return math.prod(shape) * self.dtype.itemsize

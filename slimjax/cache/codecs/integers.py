@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slimjax.cache.codecs.base import Codec
+from slimjax.cache.codecs.base import Codec, Role
 from slimjax.pytree import pytree
 
 
@@ -48,7 +48,7 @@ class IntegerCodec(Codec):
         """The largest code. 32,639 = 127*256 + 127, so that an int16 code is 256*hi + lo with both int8."""
         return {8: 127, 16: 32_639}[self.bits]
 
-    def encode(self, rows: Float[Array, "B S K H"]) -> Scaled:
+    def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Scaled:
         # At least float32: codes of bfloat16 rows would otherwise be divided at 8 bits of precision.
         rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
         axes = (3,) if self.per_head else (2, 3)
@@ -60,7 +60,7 @@ class IntegerCodec(Codec):
     def decode(self, codes: Scaled) -> Float[Array, "B S K H"]:
         return codes.codes.astype(jnp.float32) * codes.scale
 
-    def nbytes(self, shape: tuple[int, int, int, int]) -> int:
+    def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         batch, tokens, heads, _ = shape
         scales = batch * tokens * (heads if self.per_head else 1)
         return math.prod(shape) * self.bits // 8 + 4 * scales
