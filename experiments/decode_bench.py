@@ -1,5 +1,6 @@
 """Decoding speed: attention through every kind of cache, by itself and in models, with peers where installed."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -59,12 +60,14 @@ class DecodeBench(Config):
         ):
             for name in names:
                 if name not in known:
-                    raise ConfigError(f"{field}: unknown name {name!r}{suggest(name, known)}")
-        for scheme in (*self.bench.schemes, *self.bench.model_schemes):
-            try:
-                parse_scheme(scheme)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
+                    problem = f"{field}: unknown name {name!r}{suggest(name, known)}"
+                    raise ConfigError(problem, field, "DecodeBench")
+        for field in ("schemes", "model_schemes"):
+            for scheme in getattr(self.bench, field):
+                try:
+                    parse_scheme(scheme)
+                except ValueError as error:
+                    raise ConfigError(f"{field}: {error}", field, "DecodeBench") from None
 
 
 def resolve(build: Build) -> DecodeBench:
@@ -198,7 +201,7 @@ def random_cache(layer: CachedAttention, batch: int, context: int, seed: int) ->
         return jnp.asarray(random.integers(int(bounds.min), int(bounds.max), leaf.shape), leaf.dtype)
 
     streams = jax.tree.map(fill, empty.streams)
-    return Cache(streams=streams, length=jnp.full((batch,), context, jnp.int32))
+    return dataclasses.replace(empty, streams=streams, length=jnp.full((batch,), context, jnp.int32))
 
 
 def bytes_read(layer: CachedAttention, cache: Cache) -> int:

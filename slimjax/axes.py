@@ -10,7 +10,7 @@ Shapes are written with these letters: ``Float[Array, "B T N H"]``.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from jaxtyping import Array, Float, Int, jaxtyped
@@ -22,6 +22,8 @@ Scores = Float[Array, "B N T S"]
 Inputs = Float[Array, "B T D"]
 Lengths = Int[Array, "B"]
 Tokens = Int[Array, "B T"]
+# Decoded rows of some consecutive slots of every stream of a cache, each [B, S, heads, size].
+Block = Mapping[str, Array]
 
 _Function = TypeVar("_Function", bound=Callable)
 

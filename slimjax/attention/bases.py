@@ -1,14 +1,13 @@
 """The bases by the names of the scheme grammar. A new basis is one module with these functions."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Array, Int
 
 from slimjax.attention import e, h, k, kr, kv, v, x
 from slimjax.attention.projections import DecodeWeights, Projections
-from slimjax.attention.reference import Geometry
-from slimjax.axes import Inputs, Queries
+from slimjax.axes import Block, Inputs, Queries, Scores
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec
 
@@ -35,15 +34,26 @@ class Basis(Protocol):
         """What is cached of new tokens at ``positions``, [B, T, heads, size] per stream, unrounded."""
         ...
 
-    def attend(
-        self,
-        q: Queries,
-        cached: Mapping[str, Array],
-        weights: DecodeWeights,
-        spec: DecodeSpec,
-        where: Geometry,
-    ) -> Queries:
-        """Attention of unrotated queries on decoded rows (zero past each length), in ``spec.dtype``."""
+    def queries(
+        self, q: Queries, positions: Int[Array, "B T"], weights: DecodeWeights, spec: DecodeSpec
+    ) -> Any:
+        """Unrotated queries in the compute dtype made ready to meet any block of rows."""
+        ...
+
+    def scores(
+        self, ready: Any, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+    ) -> Scores:
+        """Raw scores against decoded rows at ``positions``, in the dtype of sums."""
+        ...
+
+    def weigh(
+        self, p: Scores, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+    ) -> Array:
+        """What weighs rows (zero past each length), [B, T, N, *]; sums over blocks, in the dtype of sums."""
+        ...
+
+    def finish(self, mixed: Array, weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+        """The sum over all blocks to the output of every head, in the dtype of sums."""
         ...
 
 

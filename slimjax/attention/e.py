@@ -4,16 +4,16 @@ Each layer absorbs its own projections, as basis x does, so there is no cross ph
 computed between the encoder and the first token (arXiv 2503.05840, encoder-decoder, option 2).
 """
 
-from collections.abc import Mapping
-
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention import x as inputs
 from slimjax.attention.projections import DecodeWeights, Projections
-from slimjax.attention.reference import Geometry
-from slimjax.axes import Inputs, Queries, typed
+from slimjax.attention.x import finish, queries, scores, weigh
+from slimjax.axes import Inputs, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec
+
+__all__ = ["finish", "not_shared", "queries", "refusal", "rows", "scores", "streams", "weigh"]
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -43,11 +43,3 @@ def rows(
 ) -> dict[str, Float[Array, "B T 1 D"]]:
     """What is cached: the encoder's output itself."""
     return {"e": x.astype(spec.accumulation)[:, :, None, :]}
-
-
-@typed
-def attend(
-    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
-) -> Queries:
-    """As basis x, options 1 and 2."""
-    return inputs.attend(q, {"x": cached["e"]}, weights, spec, where)

@@ -4,17 +4,16 @@ With K_1 = E W_K1 every other layer's projections become W_K1^-1 W_K and W_K1^-1
 and outputs as basis x does with its own. The cache is written by the first layer.
 """
 
-from collections.abc import Mapping
-
 from jaxtyping import Array, Float, Int
 
-from slimjax.attention import x as inputs
 from slimjax.attention.e import not_shared
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import Geometry
-from slimjax.axes import Inputs, Queries, typed
+from slimjax.attention.x import finish, queries, scores, weigh
+from slimjax.axes import Inputs, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec, too_narrow
+
+__all__ = ["finish", "queries", "refusal", "rows", "scores", "streams", "weigh"]
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -38,11 +37,3 @@ def rows(
     """What is cached of the encoder's output: x W_K of the layer asked, which must be the first."""
     keys = project(x, projections.wk, None, spec.accumulation)
     return {"h": keys.reshape(*x.shape[:2], 1, spec.key_width)}
-
-
-@typed
-def attend(
-    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
-) -> Queries:
-    """As basis x, options 1 and 2, with the projections brought to the first layer's keys."""
-    return inputs.attend(q, {"x": cached["h"]}, weights, spec, where)

@@ -5,19 +5,17 @@ With R extra coordinates, ``k:codec+R``, the rows are [K, X U] and V = [K, X U] 
 (slimjax's own remedy; with R = D - E also the extension to D/2 < E < D, arXiv 2503.05840, "GQA and MQA").
 """
 
-from collections.abc import Mapping
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention.absorb import apply_heads, weigh_rows
+from slimjax.attention.pair import Pair, through
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import Geometry, scores, weigh, weights as score_weights
-from slimjax.axes import Inputs, Queries, Scores, typed
+from slimjax.attention.reference import scores as head_scores, turned, weigh as weigh_heads
+from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec, too_narrow
-from slimjax.numerics import einsum
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -53,33 +51,52 @@ def extra_rows(x: Inputs, weights: DecodeWeights, spec: DecodeSpec) -> dict[str,
 
 
 @typed
-def attend(
-    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
-) -> Queries:
-    """Option 1: V = K W_KV, then P V (2*S*E*H per head). Option 2: (P K) W_KV,n (2*S*E + 2*E*H per head)."""
+def queries(q: Queries, positions: Int[Array, "B T"], weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+    """Rotated as keys are on read."""
+    return turned(q, positions, spec)
+
+
+@typed
+def scores(
+    ready: Queries, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Scores:
+    """Against the keys with their bias, rotated."""
     raw = cached["k"]
     biased = raw if weights.k_bias is None else raw + weights.k_bias.astype(raw.dtype)[None, None]
-    keys = rotate(biased, where.key_positions[None], spec.position)
-    turned = rotate(q, where.query_positions, spec.position).astype(spec.dtype).astype(keys.dtype)
-    p = score_weights(scores(turned, keys), where, spec)
-    return values(p, raw, cached.get("r"), weights, spec)
+    return head_scores(ready, rotate(biased, positions[None], spec.position))
 
 
-def values(
+@typed
+def weigh(
+    p: Scores, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Float[Array, "B T N _"]:
+    """Option 1: P V with V = K W_KV (2*S*E*H per head). Option 2: P [K, X U] (2*S*E), and W_KV at the end."""
+    return weigh_keys(p, cached["k"], cached.get("r"), weights, spec)
+
+
+def weigh_keys(
     p: Scores,
     keys: Float[Array, "B S K H"],
     extra: Float[Array, "B S 1 R"] | None,
     weights: DecodeWeights,
     spec: DecodeSpec,
-) -> Queries:
-    """P V from keys as projected and extra coordinates, by the scheme's option, in ``spec.dtype``."""
-    if weights.w_kv is None:
-        raise ValueError(f"scheme {spec.scheme} needs weights.w_kv, [E+R, K, H]; got None")
+) -> Float[Array, "B T N _"]:
+    """The value side from keys as projected and extra coordinates, by the scheme's option."""
     row = keys.reshape(*keys.shape[:2], spec.key_width)
     if extra is not None:
         row = jnp.concatenate([row, extra[:, :, 0]], axis=-1)
     if spec.scheme.option == 1:
-        out = weigh(p, einsum("bse,ekh->bskh", row, weights.w_kv.astype(row.dtype)))
-    else:
-        out = apply_heads(weigh_rows(p, row), weights.w_kv)
-    return out.astype(spec.dtype)
+        return weigh_heads(p, through("bse,ekh->bskh", row, _map(weights, spec)))
+    return weigh_rows(p, row)
+
+
+@typed
+def finish(mixed: Float[Array, "B T N _"], weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+    """Option 2: (P [K, X U]) W_KV,n of every head n (2*E*H per head)."""
+    return mixed if spec.scheme.option == 1 else apply_heads(mixed, _map(weights, spec))
+
+
+def _map(weights: DecodeWeights, spec: DecodeSpec) -> Float[Array, "E+R K H"] | Pair:
+    if weights.w_kv is None:
+        raise ValueError(f"scheme {spec.scheme} needs weights.w_kv, [E+R, K, H]; got None")
+    return weights.w_kv

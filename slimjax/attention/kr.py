@@ -5,19 +5,17 @@ its weight survives the softmax's threshold (``@sparse(...)``): one head is enou
 a row holds all heads' keys. ``attention.sparsity`` counts how many rows that spares.
 """
 
-from collections.abc import Mapping
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slimjax.attention.k import extra_rows, streams, values
+from slimjax.attention.k import extra_rows, finish, streams, weigh_keys
 from slimjax.attention.positions import rotate, unrotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import Geometry, scores, weights as score_weights
-from slimjax.axes import Inputs, Queries, typed
+from slimjax.attention.reference import scores as head_scores, turned
+from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.kernels.spec import DecodeSpec, too_narrow
 
-__all__ = ["attend", "refusal", "rows", "streams"]
+__all__ = ["finish", "queries", "refusal", "rows", "scores", "streams", "weigh"]
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -41,16 +39,27 @@ def rows(
 
 
 @typed
-def attend(
-    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
-) -> Queries:
-    """Scores from the rows as cached; values from the surviving rows, turned back."""
-    rotated = cached["k"]
-    turned = rotate(q, where.query_positions, spec.position).astype(spec.dtype).astype(rotated.dtype)
-    p = score_weights(scores(turned, rotated), where, spec)
-    keys = unrotate(rotated, where.key_positions[None], spec.position)
+def queries(q: Queries, positions: Int[Array, "B T"], weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+    """Rotated as the cached keys are."""
+    return turned(q, positions, spec)
+
+
+@typed
+def scores(
+    ready: Queries, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Scores:
+    """Against the rows as cached."""
+    return head_scores(ready, cached["k"])
+
+
+@typed
+def weigh(
+    p: Scores, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Float[Array, "B T N _"]:
+    """As basis k, of the surviving rows alone, turned back."""
+    keys = unrotate(cached["k"], positions[None], spec.position)
     if weights.k_bias is not None:
         keys = keys - weights.k_bias.astype(keys.dtype)[None, None]
     survives = jnp.any(p > 0, axis=(1, 2))[:, :, None, None]
     keys = jnp.where(survives, keys, jnp.zeros_like(keys))
-    return values(p, keys, cached.get("r"), weights, spec)
+    return weigh_keys(p, keys, cached.get("r"), weights, spec)

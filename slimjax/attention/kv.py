@@ -1,13 +1,11 @@
 """Basis kv: the ordinary cache of keys (rotated) and values."""
 
-from collections.abc import Mapping
-
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import Geometry, attend as attend_keys_values
-from slimjax.axes import Inputs, Queries, typed
+from slimjax.attention.reference import scores as head_scores, turned, weigh as weigh_heads
+from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec
 
@@ -37,8 +35,28 @@ def rows(
 
 
 @typed
-def attend(
-    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
+def queries(q: Queries, positions: Int[Array, "B T"], weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+    """Rotated as the cached keys are."""
+    return turned(q, positions, spec)
+
+
+@typed
+def scores(
+    ready: Queries, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Scores:
+    """Against the keys as they are."""
+    return head_scores(ready, cached["k"])
+
+
+@typed
+def weigh(
+    p: Scores, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
 ) -> Queries:
-    """Attention on the cached keys and values."""
-    return attend_keys_values(q, cached["k"], cached["v"], where, spec)
+    """P V."""
+    return weigh_heads(p, cached["v"])
+
+
+@typed
+def finish(mixed: Queries, weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+    """Nothing is left to do."""
+    return mixed

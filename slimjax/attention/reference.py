@@ -69,6 +69,12 @@ def causal_blocks(tokens: int, *, causal: bool) -> list[tuple[int, int, int]]:
 
 
 @typed
+def turned(q: Queries, positions: Int[Array, "B T"], spec: DecodeSpec) -> Queries:
+    """Rotated queries, rounded to the compute dtype and held in the dtype of sums, in which they meet keys."""
+    return rotate(q, positions, spec.position).astype(spec.dtype).astype(spec.accumulation)
+
+
+@typed
 def scores(q: Queries, k: Keys) -> Scores:
     """q k^T for every query head; head n reads key head n // (N/K)."""
     batch, tokens, heads, size = q.shape
@@ -115,6 +121,6 @@ def _weigh_one(p: Float[Array, "B N 1 S"], v: Values) -> Queries:
 @typed
 def attend(q: Queries, k: Keys, v: Values, where: Geometry, spec: DecodeSpec) -> Queries:
     """Scaled dot-product attention on keys that are already rotated; rotates q; output in ``spec.dtype``."""
-    turned = rotate(q, where.query_positions, spec.position).astype(spec.dtype).astype(k.dtype)
-    p = weights(scores(turned, k), where, spec)
+    ready = turned(q, where.query_positions, spec).astype(k.dtype)
+    p = weights(scores(ready, k), where, spec)
     return weigh(p, v).astype(spec.dtype)

@@ -3,20 +3,14 @@
 Values are cached without their bias, which lives in the output projection's.
 """
 
-from collections.abc import Mapping
-
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention.absorb import absorb_queries, bias_scores, row_scores
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import (
-    Geometry,
-    attend as attend_keys_values,
-    weigh,
-    weights as score_weights,
-)
-from slimjax.axes import Inputs, Queries, typed
+from slimjax.attention.reference import scores as head_scores, turned, weigh as weigh_heads
+from slimjax.attention.x import Absorbed
+from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec, too_narrow
 from slimjax.numerics import einsum
@@ -47,22 +41,46 @@ def rows(
 
 
 @typed
-def attend(
-    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
-) -> Queries:
-    """Option 1: K = V W_VK, rotated, then ordinary attention. Option 2: (q W_VK^T) V^T for the scores."""
-    v, w_vk = cached["v"], weights.w_vk
-    if w_vk is None:
-        raise ValueError(f"scheme {spec.scheme} needs weights.w_vk, [E, K, H]; got None")
+def queries(q: Queries, positions: Int[Array, "B T"], weights: DecodeWeights, spec: DecodeSpec) -> Absorbed:
+    """Option 1: rotated, to meet keys. Option 2: q W_VK^T, to meet values, and q b^T, what a key bias adds."""
+    if spec.scheme.option == 1:
+        return Absorbed(q=turned(q, positions, spec), bias=None)
+    exact = q.astype(spec.accumulation)
+    bias = None if weights.k_bias is None else bias_scores(exact, weights.k_bias)
+    return Absorbed(q=absorb_queries(exact, _map(weights, spec)), bias=bias)
+
+
+@typed
+def scores(
+    ready: Absorbed, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Scores:
+    """Option 1: against K = V W_VK, rotated. Option 2: against the values themselves."""
+    v = cached["v"]
     flat = v.reshape(*v.shape[:2], spec.key_width)
     if spec.scheme.option == 1:
-        keys = einsum("bse,ekh->bskh", flat, w_vk.astype(flat.dtype))
+        keys = einsum("bse,ekh->bskh", flat, _map(weights, spec).astype(flat.dtype))
         if weights.k_bias is not None:
             keys = keys + weights.k_bias.astype(keys.dtype)[None, None]
-        keys = rotate(keys, where.key_positions[None], spec.position)
-        return attend_keys_values(q, keys, v, where, spec)
-    exact = q.astype(spec.dtype).astype(flat.dtype)
-    raw = row_scores(absorb_queries(exact, w_vk), flat)
-    if weights.k_bias is not None:
-        raw = raw + bias_scores(exact, weights.k_bias)
-    return weigh(score_weights(raw, where, spec), v).astype(spec.dtype)
+        return head_scores(ready.q, rotate(keys, positions[None], spec.position))
+    raw = row_scores(ready.q, flat)
+    return raw if ready.bias is None else raw + ready.bias
+
+
+@typed
+def weigh(
+    p: Scores, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Queries:
+    """P V."""
+    return weigh_heads(p, cached["v"])
+
+
+@typed
+def finish(mixed: Queries, weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+    """Nothing is left to do."""
+    return mixed
+
+
+def _map(weights: DecodeWeights, spec: DecodeSpec) -> Float[Array, "E K H"]:
+    if weights.w_vk is None:
+        raise ValueError(f"scheme {spec.scheme} needs weights.w_vk, [E, K, H]; got None")
+    return weights.w_vk

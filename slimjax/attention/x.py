@@ -4,17 +4,24 @@ No inverse, so no conditioning: it works for any E, and for GQA and MQA too, whe
 than kv (D values per token against 2*E).
 """
 
-from collections.abc import Mapping
-
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention.absorb import absorb_queries, apply_heads, bias_scores, row_scores, weigh_rows
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import Geometry, attend as attend_keys_values, weights as score_weights
-from slimjax.axes import Inputs, Queries, typed
+from slimjax.attention.reference import scores as head_scores, turned, weigh as weigh_heads
+from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec
+from slimjax.pytree import pytree
+
+
+@pytree
+class Absorbed:
+    """Queries ready to meet rows, and what is added to each of their scores."""
+
+    q: Float[Array, "B T N _"]
+    bias: Float[Array, "B N T 1"] | None
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -44,18 +51,52 @@ def rows(
 
 
 @typed
-def attend(
-    q: Queries, cached: Mapping[str, Array], weights: DecodeWeights, spec: DecodeSpec, where: Geometry
-) -> Queries:
-    """Option 1: K and V from x, then ordinary attention. Option 2: (q W_K^T) X^T and (P X) W_V."""
-    x, wk, wv = cached["x"][:, :, 0], weights.wk, weights.wv
-    if wk is None or wv is None:
-        raise ValueError(f"scheme {spec.scheme} needs weights.wk and weights.wv, [D, K, H]; got None")
+def queries(q: Queries, positions: Int[Array, "B T"], weights: DecodeWeights, spec: DecodeSpec) -> Absorbed:
+    """Option 1: rotated, to meet keys. Option 2: q W_K^T, to meet rows, and q b^T, what a key bias adds."""
     if spec.scheme.option == 1:
-        keys = rotate(project(x, wk, weights.k_bias, x.dtype), where.key_positions[None], spec.position)
-        return attend_keys_values(q, keys, project(x, wv, None, x.dtype), where, spec)
-    exact = q.astype(spec.dtype).astype(x.dtype)
-    raw = row_scores(absorb_queries(exact, wk), x)
-    if weights.k_bias is not None:
-        raw = raw + bias_scores(exact, weights.k_bias)
-    return apply_heads(weigh_rows(score_weights(raw, where, spec), x), wv).astype(spec.dtype)
+        return Absorbed(q=turned(q, positions, spec), bias=None)
+    exact = q.astype(spec.accumulation)
+    bias = None if weights.k_bias is None else bias_scores(exact, weights.k_bias)
+    return Absorbed(q=absorb_queries(exact, _projection(weights.wk, spec)), bias=bias)
+
+
+@typed
+def scores(
+    ready: Absorbed, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Scores:
+    """Option 1: against keys made of the rows. Option 2: against the rows themselves."""
+    row = _row(cached)
+    if spec.scheme.option == 1:
+        keys = project(row, _projection(weights.wk, spec), weights.k_bias, row.dtype)
+        return head_scores(ready.q, rotate(keys, positions[None], spec.position))
+    raw = row_scores(ready.q, row)
+    return raw if ready.bias is None else raw + ready.bias
+
+
+@typed
+def weigh(
+    p: Scores, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
+) -> Float[Array, "B T N _"]:
+    """Option 1: P V with V = X W_V. Option 2: P X, and W_V at the end."""
+    row = _row(cached)
+    if spec.scheme.option == 1:
+        return weigh_heads(p, project(row, _projection(weights.wv, spec), None, row.dtype))
+    return weigh_rows(p, row)
+
+
+@typed
+def finish(mixed: Float[Array, "B T N _"], weights: DecodeWeights, spec: DecodeSpec) -> Queries:
+    """Option 2: (P X) W_V,n of every head n."""
+    return mixed if spec.scheme.option == 1 else apply_heads(mixed, _projection(weights.wv, spec))
+
+
+def _row(cached: Block) -> Float[Array, "B S D"]:
+    """The rows of the one stream there is; bases e and h call theirs otherwise."""
+    (rows,) = cached.values()
+    return rows[:, :, 0]
+
+
+def _projection(weight: Float[Array, "D K H"] | None, spec: DecodeSpec) -> Float[Array, "D K H"]:
+    if weight is None:
+        raise ValueError(f"scheme {spec.scheme} needs weights.wk and weights.wv, [D, K, H]; got None")
+    return weight

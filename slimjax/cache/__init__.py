@@ -1,6 +1,19 @@
 """Attention caches: the cache pytree (``cache.py``) and how its rows are stored (``codecs/``)."""
 
-from slimjax.cache.cache import Cache, Streams, append, empty, read
-from slimjax.cache.codecs import CODECS, Codec, codec, codec_of
+from slimjax.cache.cache import Cache, Streams, append, empty, read, role_of, row_bytes
+from slimjax.cache.codecs import CODECS, Codec, TiledCodec, codec, codec_of
 
-__all__ = ["CODECS", "Cache", "Codec", "Streams", "append", "codec", "codec_of", "empty", "read"]
+__all__ = [
+    "CODECS",
+    "Cache",
+    "Codec",
+    "Streams",
+    "TiledCodec",
+    "append",
+    "codec",
+    "codec_of",
+    "empty",
+    "read",
+    "role_of",
+    "row_bytes",
+]

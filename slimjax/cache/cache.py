@@ -1,16 +1,19 @@
 """The cache of one attention layer: a frozen pytree, appended to by value, that knows its bytes."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from slimjax.axes import Lengths, typed
 from slimjax.cache.codecs import Codec
-from slimjax.pytree import pytree
+from slimjax.cache.codecs.base import Role, TiledCodec
+from slimjax.cache.tiled import append_tiles, capacity_of, empty_tiles, read_tiles
+from slimjax.pytree import pytree, static
 
 # What a basis caches: the stream's name -> (heads, size) of one token's row.
 Streams = Mapping[str, tuple[int, int]]
@@ -20,20 +23,22 @@ Streams = Mapping[str, tuple[int, int]]
 class Cache:
     """Encoded rows of every stream of a basis, and how many tokens of each sequence they hold.
 
-    Invariants: every leaf of ``streams`` starts with the axes [B, C]; slots at and past ``length`` hold
-    anything (NaN included) and are never read; a sequence whose ``length`` exceeds the capacity C has lost
-    tokens, and ``decode`` answers NaN for it.
+    Invariants: slots at and past ``length`` hold anything (NaN included) and are never read; a sequence whose
+    ``length`` exceeds the capacity C has lost tokens, and ``decode`` answers NaN for it. Every leaf of a
+    stream starts with the axes [B, C]; under a ``TiledCodec`` a stream is ``TiledRows``.
 
-    Bytes: the sum over streams of ``codec.nbytes((B, C, heads, size))``, plus 4*B for the lengths.
+    Bytes: the sum over streams of ``codec.nbytes((B, C, heads, size))``, plus 4*B for the lengths, and under a
+    ``TiledCodec`` the buffers.
+
+    Attributes:
+        streams: by name, what the codec made of the rows.
+        length: tokens of each sequence.
+        capacity: C, slots per sequence.
     """
 
     streams: dict[str, Any]
     length: Lengths
-
-    @property
-    def capacity(self) -> int:
-        """Slots per sequence, C."""
-        return jax.tree.leaves(self.streams)[0].shape[1]
+    capacity: int = static()
 
     @property
     def batch(self) -> int:
@@ -52,18 +57,34 @@ class Cache:
 
 
 def empty(streams: Streams, codec: Codec, *, batch: int, capacity: int) -> Cache:
-    """A cache with no tokens. Raises ValueError where batch or capacity is not positive."""
+    """A cache with no tokens, of at least ``capacity`` slots (a ``TiledCodec`` rounds up to whole buffers).
+
+    Raises ValueError where batch or capacity is not positive.
+    """
     if batch < 1 or capacity < 1:
         raise ValueError(f"a cache needs at least one sequence and one slot, got {batch=} {capacity=}")
+    slots = capacity_of(capacity, codec) if isinstance(codec, TiledCodec) else capacity
 
-    def zeros(heads: int, size: int) -> Any:
-        rows = jax.ShapeDtypeStruct((batch, capacity, heads, size), jnp.float32)
-        return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(codec.encode, rows)
-        )
+    def zeros(name: str, row: tuple[int, int]) -> Any:
+        if isinstance(codec, TiledCodec):
+            return empty_tiles(codec, row, role_of(name), batch=batch, slots=slots)
+        rows = jax.ShapeDtypeStruct((batch, slots, *row), jnp.float32)
+        shapes = jax.eval_shape(lambda rows: codec.encode(rows, role_of(name)), rows)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    rows = {name: zeros(*shape) for name, shape in streams.items()}
-    return Cache(streams=rows, length=jnp.zeros((batch,), jnp.int32))
+    rows = {name: zeros(name, row) for name, row in streams.items()}
+    return Cache(streams=rows, length=jnp.zeros((batch,), jnp.int32), capacity=slots)
+
+
+def role_of(stream: str) -> Role:
+    """What a stream's rows are to a codec: values, or keys and what stands in for them."""
+    return "v" if stream == "v" else "k"
+
+
+def row_bytes(streams: Streams, codec: Codec) -> float:
+    """Bytes per token of a long cache: scales included, a ``TiledCodec``'s buffers, which do not grow, left out."""
+    tokens = codec.tile if isinstance(codec, TiledCodec) else 1
+    return sum(codec.nbytes((1, tokens, *row), role_of(name)) for name, row in streams.items()) / tokens
 
 
 @typed
@@ -103,19 +124,48 @@ def append(
     def write(stored: Array, fresh: Array) -> Array:
         return stored.at[sequence, slots].set(fresh, mode="drop", unique_indices=False)
 
-    streams = {name: jax.tree.map(write, cache.streams[name], codec.encode(rows[name])) for name in rows}
-    return Cache(streams=streams, length=length)
+    def stream(name: str) -> Any:
+        if isinstance(codec, TiledCodec):
+            role = role_of(name)
+            return append_tiles(cache.streams[name], rows[name], codec, role, cache.length, new)
+        return jax.tree.map(write, cache.streams[name], codec.encode(rows[name], role_of(name)))
+
+    return dataclasses.replace(cache, streams={name: stream(name) for name in rows}, length=length)
 
 
-def read(cache: Cache, codec: Codec, dtype: jax.typing.DTypeLike) -> dict[str, Float[Array, "B C K H"]]:
-    """Every stream's rows decoded to ``dtype`` (float32 or float64), zero in the slots past each length.
+def read(
+    cache: Cache,
+    codec: Codec,
+    dtype: jax.typing.DTypeLike,
+    *,
+    start: Int[Array, ""] | int = 0,
+    size: int | None = None,
+) -> dict[str, Float[Array, "B S K H"]]:
+    """Rows of slots start .. start + size - 1, decoded to ``dtype`` (float32 or float64), zero past each length.
 
     Zero, not whatever is there: a weight of 0 times a NaN is NaN.
+
+    Args:
+        cache: what to read.
+        codec: the codec the cache was made with.
+        dtype: float32 or float64.
+        start: of a ``TiledCodec``, a multiple of its ``span``.
+        size: likewise; None: the whole capacity.
     """
-    valid = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :] < cache.length[:, None]
+    count = cache.capacity if size is None else size
+    index = jnp.arange(count, dtype=jnp.int32) + start
+    valid = index[None, :] < cache.length[:, None]
 
     def rows(codes: Any) -> Array:
-        decoded = codec.decode(codes).astype(dtype)
+        if isinstance(codec, TiledCodec):
+            decoded = read_tiles(codes, codec, cache.length, start, count)
+        else:
+            decoded = codec.decode(codes if size is None else _slots(codes, start, count))
+        decoded = decoded.astype(dtype)
         return jnp.where(valid[:, :, None, None], decoded, jnp.zeros_like(decoded))
 
     return {name: rows(codes) for name, codes in cache.streams.items()}
+
+
+def _slots(codes: Any, start: Int[Array, ""] | int, size: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), codes)

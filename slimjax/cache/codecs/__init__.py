@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from slimjax.cache.codecs.base import Codec
+from slimjax.cache.codecs.base import Codec, TiledCodec
 from slimjax.cache.codecs.floats import FloatCodec
-from slimjax.cache.codecs.integers import IntegerCodec, Scaled
+from slimjax.cache.codecs.integers import FixedCodec, IntegerCodec, Scaled
+from slimjax.cache.codecs.mixed import Mixed, MixedTiles
 from slimjax.scheme import Scheme, suggest
 
-__all__ = ["CODECS", "Codec", "FloatCodec", "IntegerCodec", "Scaled", "codec", "codec_of"]
+__all__ = ["CODECS", "Codec", "FixedCodec", "FloatCodec", "IntegerCodec", "Scaled", "TiledCodec", "codec", "codec_of"]
 
 CODECS: dict[str, Callable[..., Codec]] = {
     "float64": lambda: FloatCodec(kind="float64"),
@@ -17,28 +18,49 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "fp16": lambda: FloatCodec(kind="fp16"),
     "int16": lambda: IntegerCodec(bits=16, per_head=False),
     "int8": lambda: IntegerCodec(bits=8, per_head=True),
+    "fixed16": FixedCodec,
 }
 
 
-def codec(name: str, **options: Any) -> Codec:
+def codec(name: str, *, bits: int | str | None = None, group: int | None = None, **options: Any) -> Codec:
     """The codec called ``name``: a frozen object with ``encode``, ``decode`` and ``nbytes``.
 
     Args:
-        name: float64, float32, bf16, fp16, int16 (one scale per token) or int8 (one per token and head).
-        options: what that codec lets one choose; none of these lets anything be chosen.
+        name: a key of ``CODECS``.
+        bits: per value, where the codec offers a choice; "2-4": the first half of the heads (or ``share`` of
+            them) in 2 bits, the others in 4.
+        group: tokens or channels that share a scale, where the codec offers a choice.
+        options: what else that codec lets one choose.
 
     Raises:
-        ValueError: an unknown name (the nearest known one is named) or an option the codec does not have.
+        ValueError: an unknown name (the nearest known one is named), an option the codec does not have, or a
+            value that it does not take.
     """
     if name not in CODECS:
         raise ValueError(f"unknown codec {name!r}{suggest(name, CODECS)}")
+    chosen = options | {key: value for key, value in (("bits", bits), ("group", group)) if value is not None}
+    if isinstance(bits, str) and "-" in bits:
+        return _mixed(name, bits, chosen)
+    if isinstance(bits, str):
+        chosen["bits"] = int(bits)
     try:
-        return CODECS[name](**options)
+        return CODECS[name](**chosen)
     except TypeError as error:
-        raise ValueError(f"codec {name!r} does not take the options {options}") from error
+        raise ValueError(f"codec {name!r} does not take the options {chosen}") from error
+
+
+def _mixed(name: str, bits: str, chosen: dict[str, Any]) -> Codec:
+    """Heads of two widths."""
+    few, many = (int(part) for part in bits.split("-"))
+    if few >= many:
+        raise ValueError(f"codec {name!r}: {bits} bits: expected fewer, then more")
+    share = {"share": float(chosen.pop("share"))} if "share" in chosen else {}
+    low, high = (codec(name, **chosen | {"bits": each}) for each in (few, many))
+    if isinstance(low, TiledCodec) and isinstance(high, TiledCodec):
+        return MixedTiles(few=low, many=high, tile=low.tile, window=low.window, **share)
+    return Mixed(few=low, many=high, **share)
 
 
 def codec_of(scheme: Scheme) -> Codec:
-    """The codec that a scheme names, with the scheme's bits and group. Raises ValueError as ``codec`` does."""
-    chosen = {"bits": scheme.bits, "group": scheme.group}
-    return codec(scheme.codec, **{name: value for name, value in chosen.items() if value is not None})
+    """The codec that a scheme names, with its bits, group and options. Raises ValueError as ``codec`` does."""
+    return codec(scheme.codec, bits=scheme.bits, group=scheme.group, **dict(scheme.options))

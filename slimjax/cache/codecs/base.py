@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from slimjax.pytree import pytree, static
 
@@ -57,13 +57,45 @@ class TiledCodec(Codec):
 
     Attributes:
         tile: G, tokens encoded together.
+        window: W, tokens of a cache's buffer, encoded at once when it is full; 0: one tile.
     """
 
     tile: int = 64
+    window: int = 0
 
     def __post_init__(self) -> None:
         if self.tile < 1:
             raise ValueError(f"{self.tile=}: a tile has at least one token")
+        if self.window < 0 or self.window % self.tile:
+            raise ValueError(f"{self.window=}: a buffer holds whole tiles of {self.tile} tokens")
+
+    @property
+    def span(self) -> int:
+        """W, tokens of the buffer."""
+        return self.window or self.tile
+
+    @property
+    def prefills(self) -> bool:
+        """Whether tiles of a sequence's first chunk are encoded from its rows rather than from the buffer's."""
+        return False
+
+    def buffer_scale(
+        self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
+    ) -> Float[Array, "B 1 K 1"] | None:
+        """What the buffer's codes are scaled by, from a sequence's first rows; None: nothing."""
+        return None
+
+    def hold(self, rows: Float[Array, "B T K H"], scale: Float[Array, "B 1 K 1"] | None) -> Array:
+        """New rows as the buffer stores them: here in bfloat16."""
+        return rows.astype(jnp.bfloat16)
+
+    def held(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None) -> Float[Array, "B T K H"]:
+        """The buffer's codes back to rows, float32."""
+        return codes.astype(jnp.float32)
+
+    def flush(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None, role: Role = "k") -> Any:
+        """Whole tiles of the buffer's codes, [B, n, G, K, H], to codes of tiles."""
+        return self.encode_tiles(codes.astype(jnp.float32), role)
 
     @abc.abstractmethod
     def encode_tiles(self, rows: Float[Array, "B n G K H"], role: Role = "k") -> Any:

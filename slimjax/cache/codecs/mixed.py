@@ -1,0 +1,152 @@
+"""Two widths of one codec side by side: the first heads of a row in fewer bits, the others in more.
+
+Which heads those are is decided before: ``slimjax.solve.heads`` orders a layer's heads, those that bear few
+bits first, and permutes its weights, so that a cache, and a kernel, sees two runs of whole heads
+(arXiv 2412.08585, section 3: head-wise mixed precision).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from slimjax.cache.codecs.base import Codec, Role, TiledCodec
+from slimjax.pytree import pytree
+
+
+@pytree
+class Pair:
+    """Codes of the first heads and of the others; None where there are none."""
+
+    few: Any
+    many: Any
+
+
+def few_heads(heads: int, share: float) -> int:
+    """How many of ``heads`` get fewer bits: share * heads, rounded down."""
+    return int(heads * share + 1e-9)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixed(Codec):
+    """A token-local codec in two widths.
+
+    Attributes:
+        few, many: the codec of the first heads and of the others.
+        share: of the heads that get fewer bits, in [0, 1].
+    """
+
+    few: Codec
+    many: Codec
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_share(self.share)
+
+    @property
+    def name(self) -> str:
+        return self.few.name
+
+    def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Pair:
+        low, high = _split(rows, self.share)
+        return Pair(
+            few=None if low is None else self.few.encode(low, role),
+            many=None if high is None else self.many.encode(high, role),
+        )
+
+    def decode(self, codes: Pair) -> Float[Array, "B S K H"]:
+        return _join(
+            None if codes.few is None else self.few.decode(codes.few),
+            None if codes.many is None else self.many.decode(codes.many),
+        )
+
+    def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
+        return _nbytes(self, shape, role)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedTiles(TiledCodec):
+    """A codec of tiles in two widths; both have one tile, and one buffer, which is the wider one's.
+
+    Attributes:
+        few, many, share: as in ``Mixed``.
+    """
+
+    few: TiledCodec
+    many: TiledCodec
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_share(self.share)
+        for part in (self.few, self.many):
+            if (part.tile, part.span) != (self.tile, self.span):
+                raise ValueError(
+                    f"{part}: both widths need tiles of {self.tile} tokens and a buffer of {self.span}"
+                )
+
+    @property
+    def name(self) -> str:
+        return self.few.name
+
+    @property
+    def prefills(self) -> bool:
+        return self.many.prefills
+
+    def encode_tiles(self, rows: Float[Array, "B n G K H"], role: Role = "k") -> Pair:
+        low, high = _split(rows, self.share)
+        return Pair(
+            few=None if low is None else self.few.encode_tiles(low, role),
+            many=None if high is None else self.many.encode_tiles(high, role),
+        )
+
+    def decode_tiles(self, codes: Pair) -> Float[Array, "B n G K H"]:
+        return _join(
+            None if codes.few is None else self.few.decode_tiles(codes.few),
+            None if codes.many is None else self.many.decode_tiles(codes.many),
+        )
+
+    def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
+        return _nbytes(self, shape, role)
+
+    def buffer_scale(
+        self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
+    ) -> Float[Array, "B 1 K 1"] | None:
+        return self.many.buffer_scale(rows, given)
+
+    def hold(self, rows: Float[Array, "B T K H"], scale: Float[Array, "B 1 K 1"] | None) -> Array:
+        return self.many.hold(rows, scale)
+
+    def held(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None) -> Float[Array, "B T K H"]:
+        return self.many.held(codes, scale)
+
+    def flush(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None, role: Role = "k") -> Pair:
+        low, high = _split(codes, self.share)
+        scales = (None, None) if scale is None else _split(scale, self.share)
+        return Pair(
+            few=None if low is None else self.few.flush(low, scales[0], role),
+            many=None if high is None else self.many.flush(high, scales[1], role),
+        )
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{share=}: the share of heads with fewer bits lies in [0, 1]")
+
+
+def _split(rows: Array, share: float) -> tuple[Array | None, Array | None]:
+    """The first heads and the others, heads being the last axis but one."""
+    few = few_heads(rows.shape[-2], share)
+    return (rows[..., :few, :] if few else None, rows[..., few:, :] if few < rows.shape[-2] else None)
+
+
+def _join(few: Array | None, many: Array | None) -> Array:
+    return jnp.concatenate([part for part in (few, many) if part is not None], axis=-2)
+
+
+def _nbytes(codec: Mixed | MixedTiles, shape: tuple[int, int, int, int], role: Role) -> int:
+    batch, tokens, heads, size = shape
+    few = few_heads(heads, codec.share)
+    low = codec.few.nbytes((batch, tokens, few, size), role) if few else 0
+    return low + (codec.many.nbytes((batch, tokens, heads - few, size), role) if few < heads else 0)
