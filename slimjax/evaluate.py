@@ -30,6 +30,7 @@ from slimjax.numerics import cross_entropy, greedy_agreement, logit_kl, relative
 from slimjax.scheme import Scheme, parse_scheme
 from slimjax.solve import Converted, Figures, convert
 
+CONTEXT = 4096  # tokens of the cache whose bytes are reported
 PROBED = 4  # sequences on which a single layer's errors are measured
 
 
@@ -141,8 +142,12 @@ def measure(reference: Reference, scheme: str | Scheme, dtype: str) -> dict[str,
 
 
 def _stored(layers: Sequence[CachedAttention]) -> dict[str, float]:
-    """Bytes per token of all layers' caches, and how many times smaller that is than bf16 keys and values."""
-    stored = sum(cache.bytes_per_token for cache in init_caches(layers, 1, 1))
+    """Bytes per token of all layers' caches, and how many times smaller that is than bf16 keys and values.
+
+    At ``CONTEXT`` tokens, over which a buffer of newest tokens is spread, where a codec has one.
+    """
+    caches = jax.eval_shape(lambda: init_caches(layers, 1, CONTEXT))
+    stored = sum(cache.bytes_per_token for cache in caches)
     return {
         "bytes_per_token": stored,
         "compression": sum(4 * layer.spec.key_width for layer in layers) / stored,  # K and V, 2 bytes each

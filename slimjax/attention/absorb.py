@@ -6,6 +6,7 @@ decode: (P C) W = P (C W), and (q W^T) C^T = q (C W)^T.
 
 from jaxtyping import Array, Float
 
+from slimjax.attention.pair import Pair, through
 from slimjax.axes import Queries, Scores, typed
 from slimjax.numerics import einsum
 
@@ -17,12 +18,12 @@ def weigh_rows(p: Scores, rows: Float[Array, "B S E"]) -> Float[Array, "B T N E"
 
 
 @typed
-def apply_heads(mixed: Float[Array, "B T N E"], weight: Float[Array, "E K H"]) -> Queries:
+def apply_heads(mixed: Float[Array, "B T N E"], weight: Float[Array, "E K H"] | Pair) -> Queries:
     """(P C) W_n for every query head n, which uses the weight of key/value head n // (N/K)."""
     batch, tokens, heads, width = mixed.shape
     kv_heads, size = weight.shape[1:]
     grouped = mixed.reshape(batch, tokens, kv_heads, heads // kv_heads, width)
-    out = einsum("btkge,ekh->btkgh", grouped, weight.astype(mixed.dtype))
+    out = through("btkge,ekh->btkgh", grouped, weight)
     return out.reshape(batch, tokens, heads, size)
 
 

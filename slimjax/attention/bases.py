@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 from slimjax.attention import e, h, k, kr, kv, v, x
 from slimjax.attention.projections import DecodeWeights, Projections
 from slimjax.axes import Block, Inputs, Queries, Scores
-from slimjax.cache import Streams
+from slimjax.cache import Streams, codec_of
 from slimjax.kernels.spec import DecodeSpec
 
 
@@ -65,7 +65,7 @@ def basis(spec: DecodeSpec) -> Basis:
     name = spec.scheme.basis
     if name not in BASES:
         raise NotImplementedError(f"scheme {spec.scheme}: basis {name!r} is not implemented for this layer")
-    reason = BASES[name].refusal(spec)
+    reason = BASES[name].refusal(spec) or codec_of(spec.scheme).refusal(name)
     if reason:
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
     return BASES[name]

@@ -56,6 +56,7 @@ def decode(q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, sp
 
 def each(slots: int, size: int, scores: Callable[[Int[Array, ""] | int, int], Scores]) -> Scores:
     """Scores of every block side by side; the last block may be shorter."""
+    size = min(size, slots)
     whole = slots // size
     starts = jnp.arange(whole, dtype=jnp.int32) * size
     parts = jax.lax.map(lambda start: scores(start, size), starts)
@@ -67,6 +68,7 @@ def each(slots: int, size: int, scores: Callable[[Int[Array, ""] | int, int], Sc
 
 def total(slots: int, size: int, weigh: Callable[[Int[Array, ""] | int, int], Array]) -> Array:
     """The sum of every block's weighted rows."""
+    size = min(size, slots)
     whole = slots // size
     rest = slots - whole * size
     # The first block, or the shorter last one, outside the loop: it says of what shape the sum is.
@@ -79,6 +81,7 @@ def fold(
     slots: int, size: int, step: Callable[[Carry, Int[Array, ""] | int, int], Carry], state: Carry
 ) -> Carry:
     """``step(state, start, count)`` over all blocks in order; the last block may be shorter."""
+    size = min(size, slots)
     whole = slots // size
     starts = jnp.arange(whole, dtype=jnp.int32) * size
     state = jax.lax.scan(lambda state, start: (step(state, start, size), None), state, starts)[0]

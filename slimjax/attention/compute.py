@@ -3,17 +3,20 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from slimjax.attention import blocks
+from slimjax.attention.integer import Integer
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.reference import Geometry, attend
+from slimjax.attention.sage import Sage
 from slimjax.axes import Keys, Queries, Values
 from slimjax.cache import Cache
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import Scheme, parse_options, suggest
 
 
+@runtime_checkable
 class Compute(Protocol):
     """Attention in one arithmetic, through a cache and without one."""
 
@@ -44,7 +47,7 @@ class Float:
 
 
 # name -> what its options make of it.
-COMPUTES: dict[str, Callable[..., Compute]] = {"float": Float}
+COMPUTES: dict[str, Callable[..., Compute]] = {"float": Float, "int8": Integer, "sage": Sage}
 
 
 @functools.cache

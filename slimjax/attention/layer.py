@@ -5,6 +5,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool
 
 from slimjax.attention.bases import basis
+from slimjax.attention.compute import Compute, compute_of, compute_text
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project, project_out
 from slimjax.attention.reference import attend, causal_blocks, geometry
@@ -38,6 +39,7 @@ def attend_full(
     *,
     mask: Bool[Array, "B #N T T"] | None = None,
     length: Lengths | None = None,
+    compute: Compute | None = None,
 ) -> Inputs:
     """Attention of T tokens on themselves, no cache: training, scoring, prefill.
 
@@ -47,6 +49,7 @@ def attend_full(
         spec: its scheme is not looked at.
         mask: further restricts what the spec's causality and window leave visible.
         length: [B], tokens of each right-padded sequence; None: all T.
+        compute: in which arithmetic queries meet keys and values; None: floating point.
 
     Returns:
         The layer's output in ``spec.dtype``.
@@ -59,11 +62,14 @@ def attend_full(
     k = rotate(project(x, projections.wk, projections.bk, spec.dtype), positions[None], spec.position)
     v = project(x, projections.wv, projections.bv, spec.dtype)
     k, v, outs = k.astype(spec.dtype), v.astype(spec.dtype), []
-    for first, last, end in causal_blocks(tokens, causal=spec.causal):
+    # Other arithmetic has tiles of its own.
+    blocks = causal_blocks(tokens, causal=spec.causal) if compute is None else [(0, tokens, tokens)]
+    meet = attend if compute is None else compute.attend
+    for first, last, end in blocks:
         where = geometry(everywhere[:, first:last], positions[:end], held, projections.position, spec)
         if mask is not None:
             where = where.restrict(mask[:, :, first:last, :end])
-        outs.append(attend(q[:, first:last], k[:, :end], v[:, :end], where, spec))
+        outs.append(meet(q[:, first:last], k[:, :end], v[:, :end], where, spec))
     out = jnp.concatenate(outs, axis=1)
     return project_out(out, projections.wo, projections.bo, spec.dtype)
 
@@ -79,7 +85,8 @@ def prefill(
 ) -> tuple[Inputs, Cache]:
     """A first chunk: attention on its own exact keys and values, and the cache written behind it.
 
-    As in arXiv 2503.05840: V = X W_V costs prefill nothing extra, so nothing is rebuilt from the cache.
+    As in arXiv 2503.05840: V = X W_V costs prefill nothing extra, so nothing is rebuilt from the cache. Under a
+    compute mode other than float, queries, keys and values meet in that arithmetic (FlashQ's INT8 tiles).
 
     Args:
         x: [B, T, D].
@@ -96,7 +103,9 @@ def prefill(
     held = cache.length > 0
     if not isinstance(held, Tracer) and bool(jnp.any(held)):
         raise ValueError(f"prefill needs an empty cache, this one holds {cache.length.tolist()} tokens")
-    out = attend_full(x, layer.projections, layer.spec, length=count)
+    spec = layer.spec
+    compute = None if compute_text(spec.scheme) == "float" else compute_of(spec)
+    out = attend_full(x, layer.projections, spec, length=count, compute=compute)
     out = jnp.where(held[:, None, None], jnp.full_like(out, jnp.nan), out)
     return out, append_rows(x, layer, cache, count)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from slimjax.attention.pair import Pair
 from slimjax.attention.positions import BiasParameters
 from slimjax.numerics import accumulation_dtype, einsum
 from slimjax.pytree import pytree
@@ -32,8 +33,9 @@ class DecodeWeights:
     """What stands in for the rows that a basis does not cache; a basis leaves the fields it does not use None.
 
     Attributes:
-        w_kv: bases k and kr: V = [K, X extra] w_kv. float32 or wider, always: in bfloat16 it would cost as
-            much accuracy as a bfloat16 cache does (tests/test_attention.py rounds it and misses the tolerance).
+        w_kv: bases k and kr: V = [K, X extra] w_kv. float32 or wider, or a pair of bfloat16 arrays: in one it would
+            cost as much accuracy as a bfloat16 cache does (tests/test_attention.py rounds it and misses the
+            tolerance).
         extra: bases k and kr: the directions U of the R extra cached coordinates.
         w_vk: basis v: K = V w_vk, likewise.
         wk, wv: bases x and e: the projections themselves; basis h: W_K1^-1 times them, [E, K, H].
@@ -41,7 +43,7 @@ class DecodeWeights:
         position: trained parameters of an additive position bias.
     """
 
-    w_kv: Float[Array, "E+R K H"] | None = None
+    w_kv: Float[Array, "E+R K H"] | Pair | None = None
     extra: Float[Array, "D R"] | None = None
     w_vk: Float[Array, "E K H"] | None = None
     wk: Float[Array, "D K H"] | None = None

@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from slimjax.attention.sas import DEGREE, THRESHOLD, sas, sas_exp
 from slimjax.axes import Scores, typed
 from slimjax.numerics import MASK
 from slimjax.scheme import suggest
 
 Softmax = Callable[[Scores, Bool[Array, "B #N T S"]], Scores]
+# exp(-x) of distances x >= 0 below a maximum.
+Exponential = Callable[[Array], Array]
 
 
 @jax.custom_jvp
@@ -55,7 +58,7 @@ def sparse(threshold: float) -> Softmax:
 
 
 # name -> a function of the numbers in parentheses, none where there are none.
-SOFTMAXES: dict[str, Callable[..., Softmax]] = {"exact": lambda: exact, "sparse": sparse}
+SOFTMAXES: dict[str, Callable[..., Softmax]] = {"exact": lambda: exact, "sparse": sparse, "sas": sas}
 
 
 @functools.cache
@@ -66,6 +69,27 @@ def softmax_of(text: str) -> Softmax:
         ValueError: an unknown name (the nearest is named), text that is not of that form, or numbers that
             the softmax does not take.
     """
+    name, numbers = _parsed(text)
+    try:
+        return SOFTMAXES[name](*numbers)
+    except TypeError:
+        raise ValueError(f"softmax {text!r}: {name} does not take {len(numbers)} numbers") from None
+
+
+@functools.cache
+def exponential_of(text: str) -> Exponential | None:
+    """What a softmax takes for exp(-x), for a softmax computed tile by tile; None where it is more than that."""
+    name, numbers = _parsed(text)
+    if name == "exact":
+        return lambda x: jnp.exp(-x)
+    if name != "sas":
+        return None
+    threshold, degree = (*numbers, *(THRESHOLD, DEGREE)[len(numbers) :])
+    return lambda x: sas_exp(x, threshold or None, int(degree))
+
+
+def _parsed(text: str) -> tuple[str, list[float]]:
+    """The name and numbers of a softmax. Raises ValueError as ``softmax_of`` does."""
     match = re.fullmatch(r"([a-z][a-z0-9_]*)(?:\(([^()]*)\))?", text)
     if match is None or match[1] not in SOFTMAXES:
         raise ValueError(f"unknown softmax {text!r}{suggest(text, SOFTMAXES)}")
@@ -75,7 +99,4 @@ def softmax_of(text: str) -> Softmax:
         raise ValueError(f"softmax {text!r}: expected numbers in the parentheses") from None
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"softmax {text!r}: expected finite numbers")
-    try:
-        return SOFTMAXES[match[1]](*numbers)
-    except TypeError:
-        raise ValueError(f"softmax {text!r}: {match[1]} does not take {len(numbers)} numbers") from None
+    return match[1], numbers

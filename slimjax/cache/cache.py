@@ -83,8 +83,10 @@ def role_of(stream: str) -> Role:
 
 def row_bytes(streams: Streams, codec: Codec) -> float:
     """Bytes per token of a long cache: scales included, a ``TiledCodec``'s buffers, which do not grow, left out."""
-    tokens = codec.tile if isinstance(codec, TiledCodec) else 1
-    return sum(codec.nbytes((1, tokens, *row), role_of(name)) for name, row in streams.items()) / tokens
+    if not isinstance(codec, TiledCodec):
+        return sum(codec.nbytes((1, 1, *row), role_of(name)) for name, row in streams.items())
+    shapes = {name: (1, codec.tile, *row) for name, row in streams.items()}
+    return sum(codec.tiles_nbytes(shape, role_of(name)) for name, shape in shapes.items()) / codec.tile
 
 
 @typed
@@ -168,4 +170,13 @@ def read(
 
 
 def _slots(codes: Any, start: Int[Array, ""] | int, size: int) -> Any:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1), codes)
+    def part(leaf: Array) -> Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize >= 4:
+            return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1)
+        # As integers of its width: XLA on CPU cannot slice narrow floats, and widens the whole cache first.
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(
+            jax.lax.dynamic_slice_in_dim(bits, start, size, axis=1), leaf.dtype
+        )
+
+    return jax.tree.map(part, codes)

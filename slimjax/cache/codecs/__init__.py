@@ -3,22 +3,65 @@
 from collections.abc import Callable
 from typing import Any
 
+from slimjax.cache.codecs.absmax import AbsmaxCodec
 from slimjax.cache.codecs.base import Codec, TiledCodec
+from slimjax.cache.codecs.flashq import FlashQ
 from slimjax.cache.codecs.floats import FloatCodec
+from slimjax.cache.codecs.fp8 import Fp8Codec
+from slimjax.cache.codecs.gear import GearL
+from slimjax.cache.codecs.hadamard import HadamardCodec
 from slimjax.cache.codecs.integers import FixedCodec, IntegerCodec, Scaled
+from slimjax.cache.codecs.kivi import Kivi
 from slimjax.cache.codecs.mixed import Mixed, MixedTiles
+from slimjax.cache.codecs.nvfp4 import Nvfp4Codec
+from slimjax.cache.codecs.turboquant import TurboQuantCodec
+from slimjax.cache.codecs.xquant import XQuant
 from slimjax.scheme import Scheme, suggest
 
-__all__ = ["CODECS", "Codec", "FixedCodec", "FloatCodec", "IntegerCodec", "Scaled", "TiledCodec", "codec", "codec_of"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "FixedCodec",
+    "FloatCodec",
+    "IntegerCodec",
+    "Scaled",
+    "TiledCodec",
+    "codec",
+    "codec_of",
+]
 
+
+def _of_width(only: int, make: Callable[..., Codec]) -> Callable[..., Codec]:
+    """A codec that may be told the only width it has."""
+
+    def made(bits: int = only, **options: Any) -> Codec:
+        if bits != only:
+            raise ValueError(f"{bits=}: this codec stores {only} bits")
+        return make(**options)
+
+    return made
+
+
+# name -> what ``bits``, ``group`` and the options of ``codec`` make of it.
 CODECS: dict[str, Callable[..., Codec]] = {
     "float64": lambda: FloatCodec(kind="float64"),
     "float32": lambda: FloatCodec(kind="float32"),
     "bf16": lambda: FloatCodec(kind="bf16"),
     "fp16": lambda: FloatCodec(kind="fp16"),
     "int16": lambda: IntegerCodec(bits=16, per_head=False),
-    "int8": lambda: IntegerCodec(bits=8, per_head=True),
+    "int8": _of_width(8, lambda: IntegerCodec(bits=8, per_head=True)),
     "fixed16": FixedCodec,
+    "int4": lambda **options: AbsmaxCodec(bits=4, **options),
+    "int3": lambda **options: AbsmaxCodec(bits=3, **options),
+    "int2": lambda **options: AbsmaxCodec(bits=2, **options),
+    "fp8": _of_width(8, Fp8Codec),
+    "nvfp4": _of_width(4, Nvfp4Codec),
+    "flashq": lambda group=64, **options: FlashQ(tile=group, **options),
+    "kivi": lambda group=64, **options: Kivi(group=group, **{"tile": group} | options),
+    "gear_l": lambda group=64, **options: GearL(group=group, **{"tile": group} | options),
+    "xquant": XQuant,
+    "turboquant": TurboQuantCodec,
+    "hadamard_int4": HadamardCodec,
 }
 
 
@@ -35,6 +78,9 @@ def codec(name: str, *, bits: int | str | None = None, group: int | None = None,
     Raises:
         ValueError: an unknown name (the nearest known one is named), an option the codec does not have, or a
             value that it does not take.
+
+    Where a codec groups tokens, ``group`` is also its tile, unless the option ``tile`` says more; a cache's
+    buffer of newest tokens is the option ``window``, one tile by default.
     """
     if name not in CODECS:
         raise ValueError(f"unknown codec {name!r}{suggest(name, CODECS)}")

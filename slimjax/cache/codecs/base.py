@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int8
 
 from slimjax.pytree import pytree, static
 
@@ -40,6 +40,10 @@ class Codec(abc.ABC):
     def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         """Bytes that the codes of rows of shape [B, S, K, H] take, scales included."""
 
+    def refusal(self, basis: str) -> str | None:
+        """Why rows of a basis cannot be stored so (what to use instead included), or None."""
+        return None
+
 
 @pytree
 class Tiles:
@@ -47,6 +51,14 @@ class Tiles:
 
     codes: Any
     tokens: int = static()
+
+
+@pytree
+class IntegerTile:
+    """INT8 codes and one scale per tile and head: value = codes * scale. What integer attention multiplies."""
+
+    codes: Int8[Array, "*tiles G K H"]
+    scale: Float[Array, "*tiles K"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +90,19 @@ class TiledCodec(Codec):
     def prefills(self) -> bool:
         """Whether tiles of a sequence's first chunk are encoded from its rows rather than from the buffer's."""
         return False
+
+    @property
+    def integral(self) -> bool:
+        """Whether tiles and buffer are INT8 codes to integer attention: ``integers``, and codes of ``hold``."""
+        return False
+
+    def integers(self, codes: Any) -> IntegerTile:
+        """Codes of tiles expanded by integer arithmetic alone, where the codec is ``integral``."""
+        raise NotImplementedError(f"codec {self.name} has no integers to expand to")
+
+    def tiles_nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
+        """Bytes of the tiles that a cache makes of rows of shape [B, S, K, H]; ``nbytes`` is of ``encode``."""
+        return self.nbytes(shape, role)
 
     def buffer_scale(
         self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]

@@ -1,7 +1,8 @@
-"""Rows kept as integers with one float32 scale for a token's row (int16) or for each head of it (int8)."""
+"""Rows kept as integers: with one scale for a token's row (int16) or each of its heads (int8), or none (fixed16)."""
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -64,3 +65,43 @@ class IntegerCodec(Codec):
         batch, tokens, heads, _ = shape
         scales = batch * tokens * (heads if self.per_head else 1)
         return math.prod(shape) * self.bits // 8 + 4 * scales
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedCodec(Codec):
+    """Sixteen bits with the point in the middle: code = round(256 x), clamped to +-32,639. Nothing else is kept.
+
+    So |x| <= 127.496 is stored to 1/512 and anything beyond is *clipped* to that. The rows must be made for it: a
+    layer is brought to one static scale per channel by ``slimjax.solve.scales``, from calibration. Rows take
+    B*S*K*H * 2 bytes; with code = 256*hi + lo, hi is the whole part of x. What is not finite is the code -32,768, and
+    NaN when it is read.
+    """
+
+    step: ClassVar[float] = 1 / 256
+    limit: ClassVar[int] = 32_639  # as int16's, for the same split into two int8
+    lost: ClassVar[int] = -32_768
+
+    @property
+    def name(self) -> str:
+        return "fixed16"
+
+    @property
+    def peak(self) -> float:
+        """The largest value that is not clipped."""
+        return self.limit * self.step
+
+    def refusal(self, basis: str) -> str | None:
+        if basis == "k":
+            return None
+        return "codec fixed16 has one scale per channel, which only the weights of basis k can take up; use int16"
+
+    def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Int[Array, "B S K H"]:
+        rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        codes = jnp.clip(jnp.round(rows / self.step), -self.limit, self.limit)
+        return jnp.where(jnp.isfinite(rows), codes, self.lost).astype(jnp.int16)
+
+    def decode(self, codes: Int[Array, "B S K H"]) -> Float[Array, "B S K H"]:
+        return jnp.where(codes == self.lost, jnp.nan, codes.astype(jnp.float32) * self.step)
+
+    def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
+        return math.prod(shape) * 2

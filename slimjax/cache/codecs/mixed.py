@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from slimjax.cache.codecs.base import Codec, Role, TiledCodec
+from slimjax.cache.codecs.base import Codec, IntegerTile, Role, TiledCodec
 from slimjax.pytree import pytree
 
 
@@ -94,6 +94,19 @@ class MixedTiles(TiledCodec):
     def prefills(self) -> bool:
         return self.many.prefills
 
+    @property
+    def integral(self) -> bool:
+        return self.few.integral and self.many.integral
+
+    def integers(self, codes: Pair) -> IntegerTile:
+        few = None if codes.few is None else self.few.integers(codes.few)
+        many = None if codes.many is None else self.many.integers(codes.many)
+        parts = [part for part in (few, many) if part is not None]
+        return IntegerTile(
+            codes=jnp.concatenate([part.codes for part in parts], axis=-2),
+            scale=jnp.concatenate([part.scale for part in parts], axis=-1),
+        )
+
     def encode_tiles(self, rows: Float[Array, "B n G K H"], role: Role = "k") -> Pair:
         low, high = _split(rows, self.share)
         return Pair(
@@ -109,6 +122,12 @@ class MixedTiles(TiledCodec):
 
     def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         return _nbytes(self, shape, role)
+
+    def tiles_nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
+        few, many = _shapes(shape, self.share)
+        return sum(
+            part.tiles_nbytes(each, role) for part, each in ((self.few, few), (self.many, many)) if each[2]
+        )
 
     def buffer_scale(
         self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
@@ -146,7 +165,12 @@ def _join(few: Array | None, many: Array | None) -> Array:
 
 
 def _nbytes(codec: Mixed | MixedTiles, shape: tuple[int, int, int, int], role: Role) -> int:
+    few, many = _shapes(shape, codec.share)
+    return sum(part.nbytes(each, role) for part, each in ((codec.few, few), (codec.many, many)) if each[2])
+
+
+def _shapes(shape: tuple[int, int, int, int], share: float) -> tuple[tuple[int, int, int, int], ...]:
+    """The shapes of the rows of the first heads and of the others."""
     batch, tokens, heads, size = shape
-    few = few_heads(heads, codec.share)
-    low = codec.few.nbytes((batch, tokens, few, size), role) if few else 0
-    return low + (codec.many.nbytes((batch, tokens, heads - few, size), role) if few < heads else 0)
+    few = few_heads(heads, share)
+    return (batch, tokens, few, size), (batch, tokens, heads - few, size)

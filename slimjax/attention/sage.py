@@ -1,0 +1,109 @@
+"""Attention in SageAttention's style: INT8 scores from keys without their mean, P V in float16 (arXiv 2410.02367).
+
+The mean of the keys over tokens adds the same number to every score of a query, which a softmax does not see;
+without it the keys' outlier channels no longer take the INT8 range. P and V are rounded to float16 instead.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from slimjax.attention.blocks import each, fold, total
+from slimjax.attention.positions import rotate
+from slimjax.attention.projections import DecodeWeights
+from slimjax.attention.reference import Geometry, scores as head_scores, weigh, weights as score_weights
+from slimjax.axes import Keys, Queries, Values
+from slimjax.cache import Cache, TiledCodec, codec_of, read
+from slimjax.kernels.spec import DecodeSpec
+
+LIMIT = 127
+Rows = Callable[[Int[Array, ""] | int, int], Mapping[str, Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sage:
+    """The compute mode ``#sage(tile=64)``: ``tile`` tokens, of queries and of keys, share a scale per head."""
+
+    tile: int = 64
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tile, int) or self.tile < 1:
+            raise ValueError(f"sage(tile={self.tile}): expected a number of tokens")
+
+    def refusal(self, spec: DecodeSpec) -> str | None:
+        """Why this spec cannot be computed so, or None."""
+        if spec.scheme.basis != "kv":
+            return "SageAttention smooths keys as they are cached (kv); use #float"
+        if spec.softcap is not None:
+            return "a softcap sees the mean that is taken from the keys; use #float"
+        return None
+
+    def decode(
+        self, q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec
+    ) -> Queries:
+        """Attention of unrotated queries on a kv cache; output in ``spec.dtype``."""
+        codec = codec_of(spec.scheme)
+
+        def rows(start: Int[Array, ""] | int, count: int) -> Mapping[str, Array]:
+            return read(cache, codec, jnp.float32, start=start, size=count)
+
+        size = codec.span if isinstance(codec, TiledCodec) else self.tile
+        return self._attend(q, rows, cache.capacity, size, where, spec)
+
+    def attend(self, q: Queries, k: Keys, v: Values, where: Geometry, spec: DecodeSpec) -> Queries:
+        """Attention of unrotated queries on rotated keys and on values; in ``spec.dtype``."""
+        seen = jnp.any(where.mask, axis=(1, 2))[:, :, None, None]
+        whole = {
+            name: jnp.where(seen, each_, jnp.zeros_like(each_)).astype(jnp.float32)
+            for name, each_ in (("k", k), ("v", v))
+        }
+
+        def rows(start: Int[Array, ""] | int, count: int) -> Mapping[str, Array]:
+            return {
+                name: jax.lax.dynamic_slice_in_dim(part, start, count, axis=1) for name, part in whole.items()
+            }
+
+        return self._attend(q, rows, k.shape[1], self.tile, where, spec)
+
+    def _attend(
+        self, q: Queries, rows: Rows, slots: int, size: int, where: Geometry, spec: DecodeSpec
+    ) -> Queries:
+        turned = rotate(q.astype(jnp.float32), where.query_positions, spec.position)
+        queries = jnp.concatenate(
+            [_rounded(turned[:, at : at + self.tile]) for at in range(0, q.shape[1], self.tile)], axis=1
+        )
+        batch, kv_heads, width = q.shape[0], spec.kv_heads, spec.head_dim
+        seen = jnp.any(where.mask, axis=(1, 2)).astype(jnp.float32)[:, :, None, None]
+
+        def add(sum_: Array, start: Int[Array, ""] | int, count: int) -> Array:
+            # Slots past a length read as zeros, slots that nobody sees as what they hold.
+            part = rows(start, count)["k"] * jax.lax.dynamic_slice_in_dim(seen, start, count, axis=1)
+            return sum_ + jnp.sum(part, axis=1, keepdims=True)
+
+        summed = fold(slots, size, add, jnp.zeros((batch, 1, kv_heads, width), jnp.float32))
+        mean = summed / jnp.maximum(jnp.sum(seen, axis=1, keepdims=True), 1.0)
+
+        def scores(start: Int[Array, ""] | int, count: int) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(seen, start, count, axis=1)
+            return head_scores(queries, _rounded((rows(start, count)["k"] - mean) * part))
+
+        p = score_weights(each(slots, size, scores), where, spec)
+
+        def weighed(start: Int[Array, ""] | int, count: int) -> Array:
+            part = jax.lax.dynamic_slice_in_dim(p, start, count, axis=3).astype(jnp.float16)
+            return weigh(part, rows(start, count)["v"].astype(jnp.float16).astype(jnp.float32))
+
+        return total(slots, size, weighed).astype(spec.dtype)
+
+
+def _rounded(rows: Array) -> Array:
+    """[B, S, K, H] rounded to the INT8 grid of its own maximum per head, as float32.
+
+    A product of two such in float32 is that of the integers times both scales: sums stay below 2^24.
+    """
+    peak = jnp.max(jnp.abs(rows), axis=(1, 3), keepdims=True)
+    scale = jnp.where(peak == 0, jnp.ones_like(peak), peak / LIMIT)
+    return jnp.round(rows / scale) * scale

@@ -1,0 +1,291 @@
+"""Attention in integers against loops over tiles (``oracle_turbo``), through caches and without."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_turbo
+import pytest
+
+import oracle
+from slimjax import DecodeSpec, Position, parse_scheme
+from slimjax.attention.bases import basis
+from slimjax.attention.compute import compute_of
+from slimjax.attention.layer import attend_cached, init_cache, prefill
+from slimjax.attention.projections import DecodeWeights, Projections
+from slimjax.attention.reference import geometry
+from slimjax.attention.sas import PUBLISHED
+from slimjax.cache import append, codec_of
+from slimjax.kernels.api import decode
+from slimjax.solve import convert
+
+LENGTHS = (75, 64, 33)
+SAS = {"exponential": lambda x: oracle_turbo.cut(x, 6.0, PUBLISHED)}
+
+
+def spec_of(scheme, kv_heads=2, **fields):
+    return DecodeSpec(
+        scheme=parse_scheme(scheme),
+        heads=4,
+        kv_heads=kv_heads,
+        head_dim=8,
+        width=32,
+        dtype="float32",
+        **fields,
+    )
+
+
+def arrays(*shapes, seed=0):
+    draw = np.random.default_rng(seed)
+    return [draw.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def cache_of(spec, k, v, chunks, lengths=LENGTHS):
+    """Keys and values cached in chunks, each sequence to its length."""
+    cache = init_cache(spec, batch=len(lengths), capacity=96)
+    for first, last in itertools.pairwise((0, *np.cumsum(chunks))):
+        count = np.clip(np.array(lengths) - first, 0, last - first)
+        part = {"k": jnp.asarray(k[:, first:last]), "v": jnp.asarray(v[:, first:last])}
+        cache = append(cache, part, codec_of(spec.scheme), jnp.asarray(count, jnp.int32))
+    return cache
+
+
+def integer_tiles(cache, spec, sequence, head):
+    """The codes that a cache holds of one sequence and head, tile by tile in order, and their scales."""
+    made, length = codec_of(spec.scheme), int(cache.length[sequence])
+    found = {}
+    for name, stored in cache.streams.items():
+        whole = length // made.span * made.span
+        tiles = made.integers(stored.tiles)
+        codes = [np.asarray(tiles.codes)[sequence, i, :, head].astype(int) for i in range(whole // made.tile)]
+        scales = [float(tiles.scale[sequence, i, head]) for i in range(whole // made.tile)]
+        for at in range(0, length - whole, made.tile):
+            codes.append(
+                np.asarray(stored.buffer)[
+                    sequence, at : at + min(made.tile, length - whole - at), head
+                ].astype(int)
+            )
+            scales.append(float(stored.scale[sequence, 0, head, 0]))
+        found[name] = (codes, scales)
+    return [(k, k_scale, v, v_scale) for k, k_scale, v, v_scale in zip(*found["k"], *found["v"], strict=True)]
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(
+    "codec", ["flashq8", "flashq4", "flashq3", "flashq2", "flashq2-4", "flashq4(window=64)"]
+)
+def test_decoding_is_a_prefill_over_the_same_codes(codec, kv_heads):
+    spec = spec_of(f"kv:{codec}/32", kv_heads)
+    k, v, q = arrays((3, 75, kv_heads, 8), (3, 75, kv_heads, 8), (3, 2, 4, 8))
+    cache = cache_of(spec, k, v, (40, 24, 11))
+    out = np.asarray(jax.jit(decode, static_argnums=3)(jnp.asarray(q), cache, DecodeWeights(), spec))
+    for sequence, length in enumerate(LENGTHS):
+        for head in range(4):
+            expected = oracle_turbo.attend(
+                q[sequence, :, head],
+                integer_tiles(cache, spec, sequence, head // (4 // kv_heads)),
+                lambda t, s, length=length: s <= length - 2 + t,
+                scale=8**-0.5,
+            )
+            np.testing.assert_allclose(out[sequence, :, head], expected, rtol=1e-4, atol=1e-5)
+
+
+OPTIONS = {
+    "": {},
+    "#int8(p=static)": {"p": "static"},
+    "#int8(p=row)": {"p": "row"},
+    "#int8(denominator=after)": {"denominator": "after"},
+    "@sas": SAS,
+    "@sas#int8(rescale=softmax)": SAS | {"rescale": lambda x: oracle_turbo.cut(x, 6.0, PUBLISHED)},
+    "@sas(10,2)#int8(p=row,denominator=after,rescale=softmax)": {
+        "p": "row",
+        "denominator": "after",
+        "exponential": lambda x: oracle_turbo.cut(
+            x, 10.0, np.polyfit(np.linspace(0, 1, 100), np.exp(-np.linspace(0, 1, 100)), 2)
+        ),
+        "rescale": lambda x: oracle_turbo.cut(
+            x, 10.0, np.polyfit(np.linspace(0, 1, 100), np.exp(-np.linspace(0, 1, 100)), 2)
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_the_paper_leaves_open(options):
+    """Each option against its own definition; scores wide enough for SAS to cut."""
+    spec = spec_of(f"kv:flashq4/32{options}")
+    k, v, q = arrays((3, 75, 2, 8), (3, 75, 2, 8), (3, 2, 4, 8), seed=1)
+    q = 3 * q
+    cache = cache_of(spec, k, v, (40, 24, 11))
+    out = np.asarray(decode(jnp.asarray(q), cache, DecodeWeights(), spec))
+    plain = np.asarray(decode(jnp.asarray(q), cache, DecodeWeights(), spec_of("kv:flashq4/32")))
+    for sequence, length in enumerate(LENGTHS):
+        expected = oracle_turbo.attend(
+            q[sequence, :, 3],
+            integer_tiles(cache, spec, sequence, 1),
+            lambda t, s, length=length: s <= length - 2 + t,
+            scale=8**-0.5,
+            **OPTIONS[options],
+        )
+        np.testing.assert_allclose(out[sequence, :, 3], expected, rtol=1e-4, atol=1e-5)
+    assert not options or np.abs(out - plain).max() > 1e-4  # an option that changes nothing is not there
+
+
+@pytest.mark.parametrize("tokens", [9, 40])
+@pytest.mark.parametrize("position", ["none", "rope", "alibi"])
+def test_a_prompt_on_itself(tokens, position):
+    """Prefill in tiles of 16 queries and 16 keys, ragged prompts."""
+    spec = spec_of("kv:flashq4/32#int8(tile=16)", position=Position(kind=position))
+    q, k, v = arrays((2, tokens, 4, 8), (2, tokens, 2, 8), (2, tokens, 2, 8), seed=2)
+    lengths = np.array([tokens, tokens - 4])
+    steps = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[None], (2, tokens))
+    where = geometry(steps, steps[0], jnp.asarray(lengths, jnp.int32), None, spec)
+    out = np.asarray(compute_of(spec).attend(*map(jnp.asarray, (q, k, v)), where, spec))
+    if position == "alibi":
+        exact = np.asarray(
+            compute_of(spec_of("kv:float32", position=spec.position)).attend(
+                *map(jnp.asarray, (q, k, v)), where, spec_of("kv:float32", position=spec.position)
+            )
+        )
+        assert np.linalg.norm(out[0] - exact[0]) < 0.05 * np.linalg.norm(exact[0])
+        return
+    turned = oracle.rotate(q, np.arange(tokens)) if position == "rope" else q
+    for sequence, head in ((0, 0), (1, 3)):
+        length = lengths[sequence]
+        keys, values = (each[sequence, :length, head // 2] for each in (k, v))
+        tiles = [
+            (*oracle_turbo.quantise(keys[at : at + 16]), *oracle_turbo.quantise(values[at : at + 16]))
+            for at in range(0, length, 16)
+        ]
+        for at in range(0, length, 16):
+            expected = oracle_turbo.attend(
+                turned[sequence, at : at + 16, head], tiles, lambda t, s, at=at: s <= at + t, scale=8**-0.5
+            )
+            rows = min(16, length - at)
+            np.testing.assert_allclose(
+                out[sequence, at : at + rows, head], expected[:rows], rtol=2e-3, atol=2e-4
+            )
+
+
+def _layer(scheme, **fields):
+    spec = spec_of(scheme, **fields)
+    wq, wk, wv, wo = arrays((32, 4, 8), (32, 2, 8), (32, 2, 8), (4, 8, 32), seed=3)
+    weights = Projections(
+        *(), wq=jnp.asarray(wq / 6), wk=jnp.asarray(wk / 6), wv=jnp.asarray(wv / 6), wo=jnp.asarray(wo / 6)
+    )
+    return convert(weights, spec).layer
+
+
+def test_a_layer_prefills_and_decodes_in_integers():
+    exact, turbo = _layer("kv:float32"), _layer("kv:flashq8/32")
+    x = jnp.asarray(arrays((2, 60, 32))[0])
+    found = {}
+    for name, layer in (("exact", exact), ("turbo", turbo)):
+        out, cache = prefill(x[:, :50], layer, init_cache(layer.spec, batch=2, capacity=64))
+        steps = [out]
+        for at in range(50, 60):
+            out, cache = jax.jit(attend_cached)(x[:, at : at + 1], layer, cache)
+            steps.append(out)
+        found[name] = np.concatenate(steps, axis=1)
+    error = np.linalg.norm(found["turbo"] - found["exact"]) / np.linalg.norm(found["exact"])
+    assert 1e-3 < error < 3e-2  # INT8 it is, and no worse
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from _equations(inner)
+
+
+@pytest.mark.parametrize("codec", ["flashq4", "flashq3", "flashq2-4"])
+def test_a_step_multiplies_integers_and_makes_no_floats_of_the_cache(codec):
+    spec = spec_of(f"kv:{codec}/64")
+    cache = init_cache(spec, batch=2, capacity=2048)
+    packed = [leaf for leaf in jax.tree.leaves(cache.streams) if leaf.dtype == jnp.uint8]
+    assert packed
+    assert sum(leaf.nbytes for leaf in packed) > 0.6 * cache.nbytes
+    step = jax.make_jaxpr(decode, static_argnums=3)(jnp.zeros((2, 1, 4, 8)), cache, DecodeWeights(), spec)
+    dots = [each for each in _equations(step.jaxpr) if each.primitive.name == "dot_general"]
+    assert len(dots) == 2
+    for dot in dots:
+        assert [each.aval.dtype for each in dot.invars] == [jnp.int8, jnp.int8]
+        assert dot.outvars[0].aval.dtype == jnp.int32
+    values = 2 * 2048 * 2 * 8
+    floats = [
+        variable.aval
+        for equation in _equations(step.jaxpr)
+        for variable in equation.outvars
+        if jnp.issubdtype(getattr(variable.aval, "dtype", jnp.int8), jnp.floating)
+    ]
+    assert max(each.size for each in floats) < values / 4
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    ["kv:flashq4", "kv:flashq4#float", "kv:kivi2", "kv:gear_l2", "kv:turboquant4", "kv:hadamard_int4", "kv:nvfp4",
+     "kv:int4", "kv:fp8", "kv:bf16", "kv:bf16#sage", "k:flashq4", "k:int16+8", "x1:xquant4", "x:xquant4", "kr:kivi4", "v1:int8"],
+)  # fmt: skip
+def test_a_step_never_decodes_the_whole_cache(scheme):
+    """Peak of a compiled step's temporaries: some blocks and the scores, at a capacity of many blocks."""
+    position = Position(kind="none" if scheme[:2] == "x:" else "rope")
+    spec = dataclasses.replace(spec_of(scheme, 4, position=position), head_dim=32, width=128)
+    layer = convert(
+        Projections(
+            *(),
+            **{
+                n: jnp.asarray(a / 12)
+                for n, a in zip(
+                    ("wq", "wk", "wv", "wo"),
+                    arrays((128, 4, 32), (128, 4, 32), (128, 4, 32), (4, 32, 128)),
+                    strict=True,
+                )
+            },
+        ),
+        spec,
+    ).layer
+    slots = 16_384
+    cache = jax.eval_shape(lambda: init_cache(spec, batch=1, capacity=slots))
+    compiled = (
+        jax.jit(decode, static_argnums=3)
+        .lower(jax.ShapeDtypeStruct((1, 1, 4, 32), jnp.float32), cache, layer.weights, spec)
+        .compile()
+    )
+    decoded = slots * 4 * sum(heads * size for heads, size in basis(spec).streams(spec).values())
+    # XLA on CPU copies what a loop reads, as it is stored; that is not of our making.
+    assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes + decoded / 4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fields", "reason"),
+    [
+        ("k:flashq4#int8", {"kv_heads": 4}, "use #float"),
+        ("kv:flashq4@sparse(1e-3)", {}, "use #float"),
+        ("kv:bf16#sage", {"softcap": 3.0}, "softcap"),
+        ("x1:xquant4#sage", {}, "smooths keys"),
+    ],
+)
+def test_what_cannot_be_computed_so_is_refused(scheme, fields, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        compute_of(spec_of(scheme, **fields))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kv:bf16#int9", "unknown compute mode 'int9'; did you mean 'int8'"),
+        ("kv:bf16#int8(p=column)", "expected tile or static or row"),
+        ("kv:bf16#int8(rows=2)", "does not take the options"),
+        ("kv:bf16#sage(tile=0)", "expected a number of tokens"),
+        ("kv:kivi4(tile=48)/32", "whole groups"),
+        ("kv:kivi4(tile)", "expected name=value"),
+    ],
+)
+def test_mistakes(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_scheme(text)
