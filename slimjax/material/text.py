@@ -17,6 +17,7 @@ from slimjax.data import load_corpus
 from slimjax.material import BATCHES, Batch, Scores, files_of
 from slimjax.models.decoder import DecoderLM, init_caches
 from slimjax.models.load.parameters import build
+from slimjax.models.load.text_tokens import read_tokenizer, tokenizer_of
 from slimjax.models.opened import OpenedModel, data_config
 from slimjax.numerics import cross_entropy, logit_kl, top1_agreement
 from slimjax.scheme import Scheme
@@ -99,31 +100,31 @@ def _made(model: OpenedModel) -> DecoderLM:
 
 def _tokens(model: OpenedModel, data: Sequence[str], most: int, held_out: bool) -> np.ndarray:
     """The tokens of files, or of the corpus. Raises ValueError for tokens that the model does not know."""
-    config = data_config(model.details)
     if CORPUS in data:
         if list(data) != [CORPUS]:
             raise ValueError(f"data {' '.join(data)}: {CORPUS!r} stands alone")
-        corpus = load_corpus(config)
+        corpus = load_corpus(data_config(model.details))
         found = corpus.held_out if held_out else corpus.train
     else:
         text = b"\n".join(Path(file).read_bytes() for file in files_of(data))
         if not text:
             raise ValueError(f"{', '.join(data)}: no text there")
-        found = (
-            np.frombuffer(text, np.uint8) if config.tokenizer is None else _encoded(text, config.tokenizer)
-        )
+        found = _encoded(text, model)
     if found.max(initial=0) >= model.sizes.vocab:
         raise ValueError(f"token {found.max()} is not among the model's {model.sizes.vocab}")
     return found
 
 
-def _encoded(text: bytes, path: str) -> np.ndarray:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises nothing more specific
-        raise ValueError(f"tokenizer {path!r}: not a readable tokenizer.json: {error}") from error
+def _encoded(text: bytes, model: OpenedModel) -> np.ndarray:
+    """By the tokenizer that goes with the weights, or the one that the model was trained with, or as bytes."""
+    if model.tokenizer is not None:
+        tokenizer = tokenizer_of(model.tokenizer(), model.directory)
+    elif "data" not in model.details:
+        raise ValueError(f"{model.directory}: no tokenizer.json beside the weights, which text would need")
+    elif (path := data_config(model.details).tokenizer) is not None:
+        tokenizer = tokenizer_of(read_tokenizer(Path(path)), Path(path))
+    else:
+        return np.frombuffer(text, np.uint8)
     return np.asarray(
         tokenizer.encode(text.decode("utf-8", "replace"), add_special_tokens=False).ids, np.int32
     )

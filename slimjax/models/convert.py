@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from slimjax.attention.pair import Pair
 from slimjax.config import resolved
 from slimjax.models.load.converted import (
     CONFIG,
@@ -20,7 +21,7 @@ from slimjax.models.load.converted import (
     read_section,
     solved_name,
 )
-from slimjax.models.load.whisper import TOKENIZER
+from slimjax.models.load.text_tokens import TOKENIZER
 from slimjax.models.opened import OpenedModel, Place
 from slimjax.models.store import SHARD_BYTES, Tensor, write_tensors, write_text
 from slimjax.solve.augment import Solution
@@ -82,8 +83,8 @@ def convert_model(model: OpenedModel, plan: Plan, out: Path, *, shard_bytes: int
     part.mkdir()
     try:
         files = write_tensors(part, _tensors(model, plan), shard_bytes)
-        if model.whisper is not None:
-            files[TOKENIZER] = write_text(part / TOKENIZER, _tokenizer(model))
+        if model.tokenizer is not None:
+            files[TOKENIZER] = write_text(part / TOKENIZER, model.tokenizer())
         section = identity | {"files": files}
         write_text(
             part / CONFIG,
@@ -147,8 +148,8 @@ def _content(model: OpenedModel) -> str:
         array = model.parameters.read(path, shape)
         total.update(f"{path} {array.dtype} {shape}\0".encode())
         total.update(np.ascontiguousarray(array).tobytes())
-    if model.whisper is not None:
-        total.update(_tokenizer(model).encode())
+    if model.tokenizer is not None:
+        total.update(model.tokenizer().encode())
     return total.hexdigest()
 
 
@@ -156,15 +157,11 @@ def _maps(solutions: Mapping[str, Solution]) -> str:
     """sha256 of the plan's maps in float32, as they are stored."""
     total = hashlib.sha256()
     for name in sorted(solutions):
-        for array in (solutions[name].weight, solutions[name].extra):
+        for array in (solutions[name].weight, solutions[name].extra, solutions[name].scale):
             total.update(
                 name.encode() + b"\0" + (b"" if array is None else array.astype(np.float32).tobytes())
             )
     return total.hexdigest()
-
-
-def _tokenizer(model: OpenedModel) -> str:
-    return (model.directory / TOKENIZER).read_text(encoding="utf-8")
 
 
 def _tensors(model: OpenedModel, plan: Plan) -> list[Tensor]:
@@ -194,6 +191,9 @@ def _tensors(model: OpenedModel, plan: Plan) -> list[Tensor]:
         shapes = {"weight": (spec.key_width + scheme.extra, spec.key_width)}
         if scheme.extra:
             shapes["extra"] = (spec.width, scheme.extra)
+        given = plan.solutions.get(place.name)
+        if given is not None and given.scale is not None:
+            shapes["scale"] = (1, spec.key_width)
         tensors += [
             Tensor(
                 name=solved_name(place.name, part),
@@ -207,22 +207,28 @@ def _tensors(model: OpenedModel, plan: Plan) -> list[Tensor]:
 
 
 def _solved(model: OpenedModel, plan: Plan, place: Place, first: dict[str, Layer]) -> dict[str, np.ndarray]:
-    """A layer's map and directions, float32. Raises NotImplementedError where there are none."""
+    """A layer's map, directions and scales, float32. Raises NotImplementedError where there are none."""
     layer, scheme = model.layer(place), plan.schemes[place.name]
     if scheme.basis == "h":
         first.setdefault(str(scheme), layer)
+    given = plan.solutions.get(place.name)
     done = convert(
         layer.projections,
         layer.under(scheme),
         layer=place.name,
-        solution=plan.solutions.get(place.name),
+        solution=given,
         first=first[str(scheme)].projections if scheme.basis == "h" else None,
     ).layer.weights
     weight = done.w_vk if scheme.basis == "v" else done.w_kv
+    assert not isinstance(weight, Pair)  # none was asked for
     if weight is None:
         return {}
     found = {"weight": np.asarray(weight).reshape(weight.shape[0], -1)}
-    return found if done.extra is None else found | {"extra": np.asarray(done.extra)}
+    if done.extra is not None:
+        found["extra"] = np.asarray(done.extra)
+    if given is not None and given.scale is not None:
+        found["scale"] = given.scale.astype(np.float32)[None]
+    return found
 
 
 def _sync(folder: Path) -> None:

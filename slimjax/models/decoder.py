@@ -43,12 +43,14 @@ class Block(nnx.Module):
             config.width,
             num_kv_heads=config.K,
             head_dim=config.H,
-            use_bias=config.bias,
+            use_bias=config.bias or config.qkv_bias,
             position=position_of(config),
             window=config.window,
             out_kernel_init=_residual_init(config.layers),
             rngs=rngs,
         )
+        if config.qkv_bias and not config.bias:
+            self.attention.out.bias = nnx.data(None)
         if config.key_init == "orthogonal":
             self.attention.key.kernel[...] = _orthogonal(rngs.params(), (config.width, config.K, config.H))
         self.mlp_norm = Norm(config)

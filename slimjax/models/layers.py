@@ -47,12 +47,12 @@ class Norm(nnx.Module):
     """RMSNorm or LayerNorm, in the accumulation dtype."""
 
     def __init__(self, config: ModelConfig):
-        self.centre = config.norm == "layernorm"
+        self.centre, self.epsilon = config.norm == "layernorm", config.norm_epsilon
         self.scale = nnx.Param(jnp.ones((config.width,)))
         self.bias = nnx.Param(jnp.zeros((config.width,))) if config.bias and self.centre else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return normalise(x, self.scale[...], value(self.bias), centre=self.centre)
+        return normalise(x, self.scale[...], value(self.bias), centre=self.centre, epsilon=self.epsilon)
 
 
 class Dense(nnx.Module):

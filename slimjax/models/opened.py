@@ -15,8 +15,10 @@ from slimjax.kernels.spec import DecodeSpec
 from slimjax.models.decoder import DecoderLM
 from slimjax.models.load import open_whisper
 from slimjax.models.load.converted import ConvertedParameters, is_converted
+from slimjax.models.load.llama import is_decoder, open_decoder
 from slimjax.models.load.parameters import Parameters, abstract, shapes_of
 from slimjax.models.load.restored import RestoredParameters
+from slimjax.models.load.text_tokens import TOKENIZER, read_tokenizer
 from slimjax.models.load.whisper import OpenedWhisper
 from slimjax.models.whisper import WhisperModel
 from slimjax.models.whisper_convert import layer_names
@@ -24,7 +26,10 @@ from slimjax.pretrained import FILE, find
 from slimjax.solve.options import Layer
 from slimjax.solve.plan import Plan, weights_digest
 
-KINDS = "a Whisper directory, a folder of checkpoints of a trained model, or what slimjax convert has written"
+KINDS = (
+    "a Whisper directory, a Llama-like one (Hugging Face or GGUF), a folder of checkpoints of a trained model, or "
+    "what slimjax convert has written"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +53,14 @@ class OpenedModel:
     Attributes:
         directory: as given.
         kind: "whisper" or "decoder".
-        layout: the format: "ctranslate2", "huggingface", "checkpoint" or "slimjax".
+        layout: the format: "ctranslate2", "huggingface", "gguf", "checkpoint" or "slimjax".
         sizes: its config, a ``WhisperConfig`` or a ``ModelConfig``.
         details: what else its kind needs, as JSON: "multilingual", "data".
         make: makes the module, for its shapes.
         parameters: where they are read from.
         places: its attention layers in the model's order.
         whisper: the opened directory, where that is its kind.
+        tokenizer: makes the text of the ``tokenizer.json`` that goes with the weights; None: none does.
     """
 
     directory: Path
@@ -66,6 +72,7 @@ class OpenedModel:
     parameters: Parameters
     places: tuple[Place, ...]
     whisper: OpenedWhisper | None = None
+    tokenizer: Callable[[], str] | None = None
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -124,9 +131,12 @@ def open_model(directory: str | Path) -> OpenedModel:
     Raises:
         OSError: no such directory, or a file in it is missing.
         ValueError: damaged, or a model of an unknown architecture; one line.
-        NotImplementedError: quantised weights.
+        NotImplementedError: a variant of an architecture, or quantised weights, that are not read.
     """
     folder = Path(directory)
+    if is_decoder(folder) and not is_converted(folder):
+        opened = open_decoder(folder)
+        return _decoder(folder, opened.config, {}, opened.parameters, opened.layout, opened.tokenizer)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; expected {KINDS}")
     if is_converted(folder):
@@ -138,6 +148,7 @@ def open_model(directory: str | Path) -> OpenedModel:
                 parameters.section.details,
                 parameters,
                 "slimjax",
+                _beside(folder),
             )
         return _whisper(open_whisper(folder))
     if (folder / FILE).is_file() or any(folder.glob(f"models/*/{FILE}")) or any(folder.glob(f"*/{FILE}")):
@@ -172,11 +183,23 @@ def _whisper(opened: OpenedWhisper) -> OpenedModel:
         parameters=opened.parameters,
         places=tuple(places),
         whisper=opened,
+        tokenizer=_beside(opened.directory),
     )
 
 
+def _beside(folder: Path) -> Callable[[], str] | None:
+    """Reads the ``tokenizer.json`` of a directory that has one."""
+    path = folder / TOKENIZER
+    return functools.partial(read_tokenizer, path) if path.is_file() else None
+
+
 def _decoder(
-    folder: Path, sizes: ModelConfig, details: Mapping[str, Any], parameters: Parameters, layout: str
+    folder: Path,
+    sizes: ModelConfig,
+    details: Mapping[str, Any],
+    parameters: Parameters,
+    layout: str,
+    tokenizer: Callable[[], str] | None = None,
 ) -> OpenedModel:
     def make() -> DecoderLM:
         return DecoderLM(sizes, rngs=nnx.Rngs(0))
@@ -198,6 +221,7 @@ def _decoder(
             )
             for i, block in enumerate(blocks)
         ),
+        tokenizer=tokenizer,
     )
 
 

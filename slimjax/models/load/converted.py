@@ -1,8 +1,8 @@
 """Reader of what ``slimjax convert`` writes: safetensors by our own names, config.json saying what was dropped.
 
 config.json     {"model_type": "slimjax", "slimjax": section}, see ``Section``
-*.safetensors   parameters by their paths; "solved.LAYER.weight" [E+R, E] and ".extra" [D, R] of layers that
-                cache keys (or values) alone
+*.safetensors   parameters by their paths; "solved.LAYER.weight" [E+R, E], ".extra" [D, R] and ".scale" [1, E]
+                of layers that cache keys (or values) alone
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from slimjax.models.load.parameters import finite
 from slimjax.models.load.safetensors import SafetensorsFolder
 from slimjax.models.load.source import read_json
-from slimjax.solve.augment import Solution, augmented
+from slimjax.solve.augment import Solution
 from slimjax.solve.plan import Plan
 from slimjax.solve.planfile import plan_of
 
@@ -57,7 +57,7 @@ class Section:
 
 
 def solved_name(layer: str, part: str) -> str:
-    """The tensor's name of a layer's solved "weight" or "extra"."""
+    """The tensor's name of a layer's solved "weight", "extra" or "scale"."""
     return f"solved.{layer}.{part}"
 
 
@@ -144,7 +144,7 @@ class ConvertedParameters:
             ) from None
         kept = self._tensor(kept_name, shape).astype(np.float64).reshape(shape[0], -1)
         solution = self._solution(layer)
-        whole = augmented(kept, solution.extra)
+        whole = solution.cached(kept)
         if whole.shape[1] != solution.weight.shape[0]:
             raise ValueError(
                 f"{self.folder}: {layer}: rows of {whole.shape[1]}, a map of {solution.weight.shape}"
@@ -152,7 +152,7 @@ class ConvertedParameters:
         return (whole @ solution.weight).reshape(shape).astype(np.float32)
 
     def _solution(self, layer: str) -> Solution:
-        weight, extra = solved_name(layer, "weight"), solved_name(layer, "extra")
+        weight, extra, scale = (solved_name(layer, part) for part in ("weight", "extra", "scale"))
         shapes = self._source.shapes
 
         def found(name: str) -> np.ndarray:
@@ -165,6 +165,7 @@ class ConvertedParameters:
         return Solution(
             weight=found(weight),
             extra=found(extra) if extra in shapes else None,
+            scale=found(scale)[0] if scale in shapes else None,
             how="from the converted model",
         )
 
