@@ -4,18 +4,18 @@ import dataclasses
 import inspect
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import schemes
+from experiments import checks, schemes
 from experiments.directory import RunDirectory
-from experiments.schemes import measuring, scheme_cells
+from experiments.schemes import LENGTHS, measuring, scheme_cells
 from experiments.settings import SECTIONS, Build, Cell, Forecast, Measure, Unit
 from experiments.train import Variant, trained
 from slimjax import evaluate
-from slimjax.config import CheckpointConfig, Config, ConfigError, DataConfig, EquivalenceConfig
-from slimjax.data import load_corpus
+from slimjax.config import ASIDE, CheckpointConfig, Config, ConfigError, DataConfig, EquivalenceConfig
+from slimjax.data import Corpus
 from slimjax.scheme import suggest
 from slimjax.train import trained_model
 
@@ -37,7 +37,7 @@ class Point(Config):
 class Ablation(Config):
     """The whole run."""
 
-    checkpoint: CheckpointConfig
+    checkpoint: CheckpointConfig = dataclasses.field(metadata=ASIDE)
     equivalence: EquivalenceConfig
     points: tuple[Point, ...]
 
@@ -48,7 +48,10 @@ class Ablation(Config):
             if model.position == "learned" and model.max_length < longest:
                 raise ConfigError(
                     f"{point.label}: learned positions end at max_length = {model.max_length}, "
-                    f"the run needs {longest}"
+                    f"the run needs {longest}",
+                    ("max_length", "position"),
+                    "Model",
+                    others=("Ablate.axes", *LENGTHS),
                 )
 
 
@@ -63,6 +66,7 @@ def resolve(build: Build) -> Ablation:
         _point(base, dict(zip(names, values, strict=True)))
         for values in itertools.product(*(values for _, values in axes))
     ]
+    _check_distinct(points)
     return Ablation(checkpoint=build("Checkpoint"), equivalence=build("Equivalence"), points=tuple(points))
 
 
@@ -76,6 +80,17 @@ def _check_field(name: str, build: Build) -> None:
         raise _fault(f"unknown field {name}{suggest(field, fields)}")
     if name in build.bound:
         raise _fault(f"{name} is bound to one value, too, which no model would have")
+
+
+def _check_distinct(points: Sequence[Point]) -> None:
+    """Two models may not be one that is written in two ways."""
+    seen: dict[Any, Point] = {}
+    for point in points:
+        model, train = point.variant.model, point.variant.train
+        spelt_out = dataclasses.replace(model, kv_heads=model.K, head_dim=model.H, mlp_width=model.F)
+        other = seen.setdefault((spelt_out, train, point.data), point)
+        if other is not point:
+            raise _fault(f"{other.variant.name} and {point.variant.name} are the same model")
 
 
 def _fault(problem: str) -> ConfigError:
@@ -135,10 +150,28 @@ def forecast(unit: Unit, config: Ablation) -> Forecast:
     return schemes.forecast(unit.cells, variant.model, config.equivalence, variant.train)
 
 
+def check(config: Ablation) -> Mapping[str, str]:
+    """Of the text, or texts. A field that is an axis is at fault there."""
+    texts: dict[DataConfig, Corpus] = {}
+    digests: dict[str, str] = {}
+    for point in config.points:
+        try:
+            if point.data not in texts:
+                texts[point.data] = checks.text(point.data)
+                digests |= checks.named(point.data, texts[point.data])
+            checks.trainable(texts[point.data], point.variant.model, point.variant.train)
+            checks.measurable(texts[point.data], config.equivalence)
+        except ConfigError as error:
+            if any(re.search(rf"\b{field}=", point.label) for _, field in error.places):
+                raise _fault(f"with {point.label}: {error.problem}") from None
+            raise
+    return digests
+
+
 def prepare(unit: Unit, config: Ablation, directory: RunDirectory) -> Measure:
     """Train the model and measure it without a cache."""
     point: Point = unit.data
-    corpus = load_corpus(point.data)
+    corpus = checks.loaded(point.data, directory)
     state = trained(point.variant, corpus, point.data, directory, config.checkpoint)
     model = trained_model(point.variant.model, state)
     return measuring(evaluate.prepare(model, corpus, config.equivalence), config.equivalence)

@@ -1,9 +1,10 @@
 """The run directory: what a run leaves behind, and how a second run knows what is done.
 
 config.gin      source config, includes in place, overrides below      resolved.json   every value, sorted
-operative.gin   what was read, defaults included                       stamp.json      run id, source, versions
+operative.gin   what was read, defaults included                       stamp.json      run id, source, versions, inputs
 metrics.jsonl   a line per training step                               records.jsonl   a line per cell
-cells.jsonl     a line per cell to be recorded                         models/         trained parameters
+cells.jsonl     a line per cell to be recorded                         retried.jsonl   rows that --retry made anew
+models/         trained parameters
 log.txt         tracebacks of failed cells                             .lock, .workers who is at work
 report.html, tables/, plots/                                           result.json     last, by rename: it is done
 
@@ -18,8 +19,9 @@ import hashlib
 import json
 import os
 import time
+import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
@@ -68,12 +70,16 @@ def write_json(path: Path, data: Any) -> None:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """A directory claimed by a process. run: the run id; source: the hash of its code; reused: see `claim`."""
+    """A directory claimed by a process.
+
+    run: the run id; source: the hash of its code; inputs: digests of what it reads, by name; reused: see `claim`.
+    """
 
     path: Path
     run: str
     source: str = ""
     reused: tuple[Mapping[str, Any], ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -98,17 +104,23 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def claim(
-    path: Path, run: str, *, resume: bool, texts: Mapping[str, str], reuse: bool = False
+    path: Path,
+    run: str,
+    *,
+    resume: bool,
+    texts: Mapping[str, str],
+    reuse: bool = False,
+    inputs: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Iterator[RunDirectory]:
     """The directory for this run, locked against a second process while the context is open.
 
-    A run made by other code or other versions, or any run with resume=False, is moved aside to PATH~1, PATH~2, ...:
-    nothing is deleted and no result of other code is taken for one of this. With `reuse` it is gone on with, and
-    its source hash and versions are kept in `RunDirectory.reused`. texts: files to write, by name.
+    A run made by other code or versions or of other inputs, or any run with resume=False, is moved aside to PATH~1,
+    PATH~2, ...: nothing is deleted and no result of other code is taken for one of this. With `reuse` it is gone on
+    with, and its source hash, versions and inputs are kept in `RunDirectory.reused`. texts: files to write, by name.
     Raises Refused if another process holds the directory, if it holds something else than this run, or if nothing
     can be written there; a full disk remains the OSError it is.
     """
-    stamp = {"run": run, "source": source_hash(), "versions": versions()}
+    stamp = {"run": run, "source": source_hash(), "versions": versions(), "inputs": dict(inputs)}
     with contextlib.ExitStack() as held:
         with _refusing(path):
             _check_ours(path)
@@ -125,7 +137,7 @@ def claim(
             for name, text in texts.items():
                 if not (path / name).exists() or (path / name).read_bytes() != text.encode():
                     write_text(path / name, text)
-        yield RunDirectory(path, run, source_hash(), tuple(reused))
+        yield RunDirectory(path, run, source_hash(), tuple(reused), dict(inputs))
 
 
 @contextlib.contextmanager
@@ -171,15 +183,15 @@ def _clear(path: Path, stamp: Mapping[str, Any], resume: bool, reuse: bool) -> l
     found = _contents(path)
     if not found:
         return []
-    old = _read_stamp(path / "stamp.json")
+    old: dict[str, Any] = {"inputs": {}} | _read_stamp(path / "stamp.json")
     if old["run"] != stamp["run"]:
         raise Refused(f"{path}: holds run {old['run']}, this is run {stamp['run']}")
     reused = old.pop("reused", [])
     if resume and old == stamp:
         return reused
     if resume and reuse:
-        other = {name: old[name] for name in ("source", "versions")}
-        print(f"goes on with what other code or versions made there: source {other['source']}")
+        other = {name: old[name] for name in ("source", "versions", "inputs")}
+        print(f"goes on with what {_others(old, stamp)} made there: source {other['source']}")
         return [*reused, *([other] if other not in reused else [])]
     aside = next(
         place for n in range(1, 10_000) if not (place := path.with_name(f"{path.name}~{n}")).exists()
@@ -189,9 +201,16 @@ def _clear(path: Path, stamp: Mapping[str, Any], resume: bool, reuse: bool) -> l
         found, key=lambda child: child.name == "stamp.json"
     ):  # last: with it the rest is a run's
         child.rename(aside / child.name)
-    why = "other code or versions made it; --reuse goes on with it" if resume else "--no-resume"
+    why = f"{_others(old, stamp)} made it; --reuse goes on with it" if resume else "--no-resume"
     print(f"moved the run found there to {aside} ({why})")
     return []
+
+
+def _others(old: Mapping[str, Any], stamp: Mapping[str, Any]) -> str:
+    """What made a run, where it is not what would make this one."""
+    code = any(old[name] != stamp[name] for name in ("source", "versions"))
+    other = [name for name, digest in stamp["inputs"].items() if old["inputs"].get(name) != digest]
+    return " and ".join(["other code or versions"] * code + [f"another {name}" for name in other]) or "others"
 
 
 def _read_stamp(path: Path) -> dict[str, Any]:

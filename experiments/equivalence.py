@@ -5,10 +5,11 @@ same weights and the same inputs, since the model was not trained to read under 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import schemes
+from experiments import checks, schemes
 from experiments.directory import Refused, RunDirectory
 from experiments.schemes import IDENTITY, measuring, scheme_cells
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
@@ -22,7 +23,6 @@ from slimjax.config import (
     ModelConfig,
     PositionKind,
 )
-from slimjax.data import load_corpus
 
 TITLE = "Which attention caches are exact on this model?"
 
@@ -46,7 +46,9 @@ class Equivalence(Config):
         if self.model.position == "learned" and self.model.max_length < longest:
             raise ConfigError(
                 f"{self.name}: learned positions end at max_length = {self.model.max_length}, "
-                f"the run needs {longest}"
+                f"the run needs {longest}",
+                ("length", "prompt_length", "generated"),
+                "Equivalence",
             )
 
 
@@ -89,6 +91,20 @@ def forecast(unit: Unit, config: Equivalence) -> Forecast:
     return schemes.forecast(unit.cells, config.model, config.equivalence)
 
 
+def check(config: Equivalence) -> Mapping[str, str]:
+    """Of the model, all of it, and of the text."""
+    try:
+        pretrained.restore(pretrained.find(config.folder))
+    except ValueError as error:
+        raise ConfigError(str(error), "checkpoint", "Pretrained") from None
+    corpus = checks.text(config.data, section="Pretrained")
+    if corpus.vocab > config.model.vocab:
+        problem = f"the text has {corpus.vocab} tokens, the model's vocabulary {config.model.vocab}"
+        raise ConfigError(problem, "path", "Pretrained")
+    checks.measurable(corpus, config.equivalence)
+    return checks.named(config.data, corpus)
+
+
 def prepare(unit: Unit, config: Equivalence, directory: RunDirectory) -> Measure:
     """Read the model and measure it, or its layers, without a cache."""
     found = pretrained.find(config.folder)
@@ -98,7 +114,7 @@ def prepare(unit: Unit, config: Equivalence, directory: RunDirectory) -> Measure
         model = pretrained.restore(found)
     except ValueError as error:
         raise Refused(str(error)) from error
-    reference = evaluate.prepare(model, load_corpus(config.data), config.equivalence)
+    reference = evaluate.prepare(model, checks.loaded(config.data, directory), config.equivalence)
     if unit.data == config.model.position:
         return measuring(reference, config.equivalence)
     position = schemes.position_as(config.model, unit.data)

@@ -1,6 +1,7 @@
 """What a run will cost, said before it starts: every unit built in the abstract, its work added up."""
 
 import functools
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from experiments.directory import Refused
 from experiments.settings import Cell, Experiment, Forecast, Unit
 
 SIZE, REPEATS = 768, 3  # of the matrix product that the rate is taken from
+YEAR = 365.25 * 86400.0  # seconds
+LONGEST, BEYOND = 10 * YEAR, 64  # a time, and a multiple of the memory, that only a slip of the pen asks for
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,62 @@ def cost(found: Estimate) -> str:
     """The estimate's cost in a line; empty where nothing is known of it."""
     parts = []
     if found.flops:
-        seconds = found.flops / rate()
-        least = "under a minute" if seconds < 60 else f"at least {seconds / 60:.0f} min"
+        least = duration(found.flops / rate())
         parts.append(
             f"{found.flops:.1e} FLOP, {least} at the {rate() / 1e9:.0f} GFLOP/s of a plain product here"
         )
     if found.bytes:
+        room = memory()
+        beyond = f", more than the {size(room)} here" if room and found.bytes > room else ""
         parts.append(
-            f"at most {found.bytes / 2**20:.0f} MiB of parameters, optimizer state and caches at a time"
+            f"at most {size(found.bytes)} of parameters, optimizer state, caches and logits at a time{beyond}"
         )
     return "; ".join(parts)
+
+
+def check_sane(found: Estimate) -> None:
+    """Raises Refused where no machine would see the end of it, or hold it."""
+    if (room := memory()) and found.bytes > BEYOND * room:
+        raise Refused(
+            f"a unit needs {size(found.bytes)} of memory, {size(room)} are here: expected a smaller batch or model"
+        )
+    if found.flops / rate() > LONGEST:
+        years = found.flops / rate() / YEAR
+        raise Refused(
+            f"{found.flops:.1e} FLOP would take {years:,.0f} years here: expected fewer steps, or smaller ones"
+        )
+
+
+def duration(seconds: float) -> str:
+    """A lower bound of a time, in the unit that suits it."""
+    if seconds < 60:
+        return "under a minute"
+    for unit, length, most in (("min", 60.0, 120), ("h", 3600.0, 72), ("days", 86400.0, 730)):
+        if seconds < most * length:
+            return f"at least {seconds / length:.0f} {unit}"
+    return f"at least {seconds / YEAR:.0f} years"
+
+
+def size(number: float) -> str:
+    """Bytes in the unit that suits them."""
+    if number < 2**20:
+        return "1 MiB"  # at most
+    for unit in ("MiB", "GiB", "TiB"):
+        number /= 2**10 if unit != "MiB" else 2**20
+        if number < 10_000:
+            break
+    return f"{number:,.0f} {unit}"
+
+
+def memory() -> int | None:
+    """Bytes that the default device has; None where that is not told."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 @functools.cache

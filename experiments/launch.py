@@ -2,23 +2,35 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experiments.compilation import keep_compiled
 from experiments.directory import Refused, RunDirectory, claim
 from experiments.settings import Cell, Plan, Unit
-from experiments.sweep import Sweep, run_here
+from experiments.sweep import Sweep, cells, run_here, set_aside
 from experiments.worker import run_apart
 from slimjax.config import canonical_json
 from slimjax.records import STATUSES, Record, cell_key, write_records
+from slimjax.report.runs import pace
 
 
-def launch(plan: Plan, path: Path | None, *, resume: bool = True, reuse: bool = False, jobs: int = 0) -> int:
+def launch(
+    plan: Plan,
+    path: Path | None,
+    *,
+    resume: bool = True,
+    reuse: bool = False,
+    retry: bool = False,
+    jobs: int = 0,
+    inputs: Mapping[str, str] = MappingProxyType({}),
+) -> int:
     """Run in `path`, or in results/EXPERIMENT/RUN_ID; 0, or 1 if any cell failed.
 
-    jobs: processes at work on units at a time; 0: this one does it all.
+    retry: measure again what failed or ran out of memory; jobs: processes at work on units at a time, 0: this one
+    does it all; inputs: digests of what the run reads, see `Plan.checked`.
     """
     units = checked_units(plan)
     if jobs > 1 and getattr(plan.experiment, "ALONE", False):
@@ -30,7 +42,9 @@ def launch(plan: Plan, path: Path | None, *, resume: bool = True, reuse: bool = 
         "cells.jsonl": "".join(cell_key(cell) + "\n" for cell in cells_of(units)),
     }
     path = path or Path("results", plan.name, plan.run)
-    with claim(path, plan.run, resume=resume, reuse=reuse, texts=texts) as directory:
+    with claim(path, plan.run, resume=resume, reuse=reuse, texts=texts, inputs=inputs) as directory:
+        if retry and (count := set_aside(directory.path)):
+            print(f"{cells(count)} that failed before {'is' if count == 1 else 'are'} measured again")
         return execute(plan, units, directory, jobs)
 
 
@@ -58,7 +72,7 @@ def execute(plan: Plan, units: Sequence[Unit], directory: RunDirectory, jobs: in
     sweep = None
     if result is None:
         print(f"compiled programs: {keep_compiled() or 'not kept'}", flush=True)
-        sweep = Sweep(plan.experiment, plan.config, units, directory)
+        sweep = Sweep(plan.experiment, plan.config, units, directory, jobs)
         if jobs:
             run_apart(sweep, units, jobs)
         else:
@@ -66,17 +80,17 @@ def execute(plan: Plan, units: Sequence[Unit], directory: RunDirectory, jobs: in
         sweep.report(last=True)
         counts = {s: sum(record.status == s for record in sweep.log.records) for s in STATUSES}
         write_records(sweep.log.path, sweep.log.ordered(sweep.cells))
-        result = {"cells": counts, "report": "report.html", "sweep": sweep.summary(jobs)}
+        result = {"cells": counts, "report": "report.html", "sweep": sweep.summary()}
+        if sweep.retried:
+            result["retried"] = len(sweep.retried)
         directory.finish(result)
     else:
         _already(plan, units, directory, result)
     failed = result["cells"]["failed"] + result["cells"].get("out-of-memory", 0)
     if failed:
-        print(f"{failed} cells failed, see {directory.path / 'log.txt'}", file=sys.stderr)
+        print(f"{cells(failed)} failed, see {directory.path / 'log.txt'}", file=sys.stderr)
     if sweep and sweep.measured:
-        print(
-            "{cells} cells in {seconds:.0f} s, {cells_per_minute:.3g} a minute".format(**sweep.summary(jobs))
-        )
+        print(pace(sweep.summary()))
     print(f"report: {directory.path / 'report.html'}")
     return 1 if failed else 0
 
@@ -86,6 +100,8 @@ def _already(plan: Plan, units: Sequence[Unit], directory: RunDirectory, result:
     if directory.reused and result.get("reused") != list(directory.reused):
         Sweep(plan.experiment, plan.config, units, directory).report(last=True)
         directory.finish(result)
-        print(f"finished on {result['date']} by other code or versions, accepted; the report is made anew")
+        print(
+            f"finished on {result['date']} by other code, versions or data, accepted; the report is made anew"
+        )
     else:
         print(f"finished on {result['date']} by this code; nothing to do (--no-resume runs it again)")

@@ -51,9 +51,10 @@ def resolve(build: Build) -> Paper:
             for text in _schemes(config, a):
                 schemes_for(a, text)
     except ValueError as error:
-        raise ConfigError(f"Paper: {error}") from None
+        raise ConfigError(str(error), ("models", "chips", "schemes", "encoder_schemes"), "Paper") from None
     if not chosen and config.table != "3":
-        raise ConfigError(f"Paper: table {config.table} names no models of its own: set Paper.models")
+        problem = f"table {config.table} names no models of its own: set Paper.models"
+        raise ConfigError(problem, ("table", "models"), "Paper")
     return Paper(paper=config)
 
 

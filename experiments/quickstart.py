@@ -1,15 +1,15 @@
 """Train small models on real text, convert their caches, and report which schemes are exact and which are not."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from experiments import schemes
+from experiments import checks, schemes
 from experiments.directory import RunDirectory
-from experiments.schemes import measuring, scheme_cells
+from experiments.schemes import LENGTHS, measuring, scheme_cells
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from experiments.train import Variant, trained
 from slimjax import evaluate
 from slimjax.config import Config, ConfigError, DataConfig, EquivalenceConfig
-from slimjax.data import load_corpus
 from slimjax.train import trained_model
 
 TITLE = "Which attention caches are exact?"
@@ -30,7 +30,11 @@ class Quickstart(Config):
             if variant.model.position == "learned" and variant.model.max_length < longest:
                 raise ConfigError(
                     f"{variant.name}: learned positions end at max_length = {variant.model.max_length}, "
-                    f"the run needs {longest}"
+                    f"the run needs {longest}",
+                    ("max_length", "position"),
+                    "Model",
+                    variant.name,
+                    ("Train.length", *LENGTHS),
                 )
 
 
@@ -66,9 +70,18 @@ def forecast(unit: Unit, config: Quickstart) -> Forecast:
     return schemes.forecast(unit.cells, unit.data.model, config.equivalence, unit.data.train)
 
 
+def check(config: Quickstart) -> Mapping[str, str]:
+    """Of the text, for every model."""
+    corpus = checks.text(config.data)
+    for variant in config.variants:
+        checks.trainable(corpus, variant.model, variant.train, variant.name)
+    checks.measurable(corpus, config.equivalence)
+    return checks.named(config.data, corpus)
+
+
 def prepare(unit: Unit, config: Quickstart, directory: RunDirectory) -> Measure:
     """Train the model and measure it without a cache."""
-    corpus = load_corpus(config.data)
+    corpus = checks.loaded(config.data, directory)
     state = trained(unit.data, corpus, config.data, directory)
     reference = evaluate.prepare(trained_model(unit.data.model, state), corpus, config.equivalence)
     return measuring(reference, config.equivalence)

@@ -41,21 +41,12 @@ def check_out(folder: Path) -> None:
         )
 
 
-def clear(folder: Path) -> None:
-    """Remove the tables and plots of an earlier report, so that none outlives its numbers."""
-    for part, endings in (("tables", (".md", ".csv", ".tex")), ("plots", (".png", ".svg"))):
-        for path in (folder / part).glob("*"):
-            if path.suffix in endings:
-                path.unlink()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 wrong arguments or records."""
     options = arguments(argv)
     try:
         check_out(options.out)
         runs = [load(path) for path in options.compare or options.runs]
-        clear(options.out)
         if options.compare:
             path = write_comparison(options.out, *runs, title=options.title)
         else:

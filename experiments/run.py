@@ -1,5 +1,5 @@
 """python -m experiments.run CONFIG [--set 'Section.field = value']... [--out DIR] [--jobs N] [--dry-run]
-                             [--resume | --no-resume | --reuse]
+                             [--resume | --no-resume | --reuse] [--retry]
 
 Reads a gin config, checks it whole before anything runs, and runs the experiment it names. The only file
 that imports gin. gin never sees a file: includes are put in place here, confined to the config folder, and
@@ -8,61 +8,27 @@ only text that parses to plain bindings of known fields is handed over, so a con
 
 import argparse
 import functools
-import inspect
 import os
 import sys
 import tokenize
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import gin
 from gin import config_parser
 from gin.config_parser import BindingStatement, BlockDeclaration, IncludeStatement
 
+from experiments.bindings import Binding, Fault, Line, Macro, check_macros, check_name, located
 from experiments.directory import DISK, Refused
-from experiments.estimate import cost, estimate, listing
+from experiments.estimate import check_sane, cost, estimate, listing
 from experiments.launch import cells_of, checked_units, launch
 from experiments.settings import SECTIONS, Plan, RunConfig, load_experiment
 from experiments.stopping import GO_ON, Terminated, terminable
 from slimjax.config import ConfigError, canonical_json
 from slimjax.scheme import suggest
 
-
-class Fault(Exception):
-    """A mistake in a config; the text is the one line the user sees."""
-
-
-class Line(NamedTuple):
-    """A line of config text and where it was written; number 0: on the command line."""
-
-    text: str
-    file: str
-    number: int
-
-    def fault(self, problem: str) -> Fault:
-        return Fault(f"{self.file}:{self.number}: {problem}" if self.number else f"{self.file}: {problem}")
-
-
-class Binding(NamedTuple):
-    """One `scope/section.field = value`; a macro, `name = value`, has an empty field."""
-
-    scope: str
-    section: str
-    field: str
-    value: Any
-    line: Line
-
-    @property
-    def name(self) -> str:
-        return "/".join(filter(None, (self.scope, self.section))) + (f".{self.field}" if self.field else "")
-
-
 # Reading: text -> lines -> bindings -----------------------------------------------------------------------
-
-
-class Macro(str):
-    """The name in a value `%name`."""
 
 
 class _ValuesOnly(config_parser.ParserDelegate):
@@ -73,15 +39,6 @@ class _ValuesOnly(config_parser.ParserDelegate):
 
     def macro(self, macro_name: str) -> Any:
         return Macro(macro_name)
-
-
-def _macros(value: Any) -> list[Macro]:
-    """The macros in a value, however deep."""
-    if isinstance(value, dict):
-        value = (*value.keys(), *value.values())
-    if isinstance(value, tuple | list):
-        return [macro for item in value for macro in _macros(item)]
-    return [value] if isinstance(value, Macro) else []
 
 
 def parse(lines: Sequence[Line]) -> list[Any]:
@@ -161,42 +118,13 @@ def bindings(lines: Sequence[Line]) -> list[Binding]:
             )
         scope, section, field, value, _ = statement
         binding = Binding(scope or "", section, field or "", value, line)
-        _check_name(binding)
+        check_name(binding)
         place = line.file if line.number else ""  # every --set is one place
         if (binding.name, place) in found:
             raise line.fault(f"{binding.name} is bound twice {'in one file' if place else 'by --set'}")
         found[binding.name, place] = binding
-    _check_macros(list(found.values()))
+    check_macros(list(found.values()))
     return list(found.values())
-
-
-def _check_macros(bound: Sequence[Binding]) -> None:
-    """Every macro used must be defined, and none by itself."""
-    known = {binding.name for binding in bound if not binding.field} | {"gin.REQUIRED"}
-    for binding in bound:
-        for macro in _macros(binding.value):
-            if macro not in known:
-                raise binding.line.fault(f"%{macro} is not defined{suggest(macro, known)}")
-    last = {binding.name: binding for binding in bound if not binding.field}
-    for name, binding in last.items():
-        reached, ahead = set[str](), _macros(binding.value)
-        while ahead:
-            if (macro := ahead.pop()) not in reached:
-                reached.add(macro)
-                ahead += _macros(last[macro].value) if macro in last else []
-        if name in reached:
-            raise binding.line.fault(f"%{name} is defined by itself")
-
-
-def _check_name(binding: Binding) -> None:
-    section, field = binding.section, binding.field
-    if not field:
-        return  # a macro: whether it is used shows after the build
-    if section not in SECTIONS:
-        raise binding.line.fault(f"unknown section {section!r}{suggest(section, SECTIONS)}")
-    fields = list(inspect.signature(SECTIONS[section]).parameters)
-    if field not in fields:
-        raise binding.line.fault(f"unknown field {section}.{field}{suggest(field, fields)}")
 
 
 def standing(lines: Sequence[Line]) -> str:
@@ -252,12 +180,12 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
     try:
         config = experiment.resolve(build)
     except ConfigError as error:
-        if error.section is not None:
-            raise _located(error, error.section, "", bound, path) from None
-        raise Fault(f"{path}: {error.problem}") from None  # sections that are right each, and clash
+        raise located(error, bound, path) from None
     operative = gin.operative_config_str()
     _check_used(bound, operative)
-    return Plan(experiment, run.experiment, config, source, operative)
+    return Plan(
+        experiment, run.experiment, config, source, operative, lambda error: located(error, bound, path)
+    )
 
 
 class _Build:
@@ -272,23 +200,13 @@ class _Build:
             with gin.config_scope(scope or None):
                 return _configurable(section)()
         except ConfigError as error:
-            raise _located(error, section, scope, self._bindings, self._path) from None
+            error.section, error.scope = section, scope
+            raise located(error, self._bindings, self._path) from None
 
 
 @functools.cache
 def _configurable(section: str) -> Any:
     return gin.external_configurable(SECTIONS[section], name=section, module="slimjax")
-
-
-def _located(error: ConfigError, section: str, scope: str, bound: Sequence[Binding], path: Path) -> Fault:
-    """The fault at the line that set the field: the last one, a scope's own before the plain one."""
-    near = [binding for binding in bound if binding.section == section and binding.scope in ("", scope)]
-    exact = [binding for binding in near if binding.field == error.field]
-    choice = sorted(exact or near, key=lambda binding: binding.scope == scope)
-    problem = f"{scope}/{section}" if scope else section
-    if choice:
-        return choice[-1].line.fault(f"{problem}: {error.problem}")
-    return Fault(f"{path}: {problem}: {error.problem}")
 
 
 def _check_used(bound: Sequence[Binding], operative: str) -> None:
@@ -336,11 +254,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     going_on.add_argument(
         "--reuse",
         action="store_true",
-        help="go on with results of other code or versions, and say so in them",
+        help="go on with results of other code, versions or data, and say so in them",
+    )
+    parser.add_argument(
+        "--retry", action="store_true", help="measure cells again that failed or ran out of memory"
     )
     options = parser.parse_args(argv)
     if options.jobs < 0:
         parser.error(f"--jobs {options.jobs}: expected a number of processes, or 0 for this one")
+    if options.retry and not options.resume:
+        parser.error("--retry goes on with a run, --no-resume starts over: expected one of them")
     return options
 
 
@@ -385,13 +308,23 @@ def _start(options: argparse.Namespace) -> int:
     plan = load(options.config, options.set)
     units = checked_units(plan)
     found = estimate(plan.experiment, units, plan.config)
+    check_sane(found)
+    inputs = plan.checked()
     print(f"{plan.name} {plan.run}: {found}", flush=True)
     if price := cost(found):
         print(price, flush=True)
     if options.dry_run:
         print(canonical_json(plan.resolved) + listing(cells_of(units), found.refused))
         return 0
-    return launch(plan, options.out, resume=options.resume, reuse=options.reuse, jobs=options.jobs)
+    return launch(
+        plan,
+        options.out,
+        resume=options.resume,
+        reuse=options.reuse,
+        retry=options.retry,
+        jobs=options.jobs,
+        inputs=inputs,
+    )
 
 
 if __name__ == "__main__":

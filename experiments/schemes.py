@@ -22,6 +22,7 @@ from slimjax.scheme import Scheme, parse_scheme
 from slimjax.solve.fold import key_bias_matters
 from slimjax.train import state_shapes
 
+LENGTHS = tuple(f"Equivalence.{name}" for name in ("length", "prompt_length", "generated"))
 IDENTITY = "float64"  # the compute dtype whose cells hold the identity error
 
 
@@ -47,6 +48,7 @@ def scheme_cells(shared: Cell, model: ModelConfig, equivalence: EquivalenceConfi
 
 def _parts(scheme: Scheme) -> dict[str, Any]:
     parts = {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
+    del parts["options"]  # no coordinate of its own: the scheme's text has them
     return {"scheme": str(scheme), **parts}
 
 
@@ -92,13 +94,12 @@ def forecast(
 
 
 def training(model: ModelConfig, train: TrainConfig) -> Forecast:
-    """Of training alone: 6 FLOP per parameter and token; parameters, their gradient and the optimizer's two."""
+    """Of training alone: 6 FLOP per parameter and token; parameters, gradient, the optimizer's two, a part's logits."""
     state = _state(model, dataclasses.replace(train, seed=0, steps=max(train.steps, train.warmup)))
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    parameters = _floats(model)
-    return Forecast(
-        flops=6.0 * parameters * train.steps * train.batch * train.length, bytes=stored + 4 * parameters
-    )
+    parameters, tokens = _floats(model), train.batch * train.length
+    logits = 4 * tokens // train.accumulation * model.vocab
+    return Forecast(flops=6.0 * parameters * train.steps * tokens, bytes=stored + 4 * parameters + logits)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """SIGTERM and Ctrl-C: what a run does when it is told to stop, so that the same command can go on."""
 
 import contextlib
+import multiprocessing
 import signal
 import sys
 import threading
@@ -46,7 +47,7 @@ def deferred_signals() -> Iterator[list[signal.Signals]]:
 
     def note(number: int, frame: Any) -> None:
         caught.append(signal.Signals(number))
-        print(f"{caught[-1].name}: saving after this step", file=sys.stderr, flush=True)
+        say(f"{caught[-1].name}: saving after this step")
         for name, handler in previous.items():
             signal.signal(name, handler)
 
@@ -60,6 +61,12 @@ def deferred_signals() -> Iterator[list[signal.Signals]]:
     finally:
         for name, handler in previous.items():
             signal.signal(name, handler)
+
+
+def say(text: str) -> None:
+    """A line about stopping, on standard error; of several processes at work each would say it, and none does."""
+    if multiprocessing.parent_process() is None:
+        print(text, file=sys.stderr, flush=True)
 
 
 def stop(caught: signal.Signals) -> NoReturn:

@@ -4,15 +4,27 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from experiments.directory import Refused, RunDirectory
 from experiments.progress import clock, steps_once
 from experiments.settings import Cell, Experiment, Unit
 from slimjax.config import resolved
-from slimjax.records import Record, RecordLog, Status, provenance
+from slimjax.records import (
+    Record,
+    RecordLog,
+    Status,
+    append_line,
+    cell_key,
+    provenance,
+    read,
+    read_lines,
+    write_records,
+)
 from slimjax.report import write_report
 
+RETRIED = "retried.jsonl"  # the rows that --retry took out of the records
 EVERY = 10.0  # seconds between two progress lines
 
 
@@ -36,13 +48,13 @@ def outcomes(
 ) -> Iterator[Outcome]:
     """Open the unit and measure its cells in order. A failure costs its own cell, one of `prepare` all of them.
 
-    `opened` is called in between. Raises Refused, KeyboardInterrupt and Terminated: no result, the same command
-    goes on.
+    `opened` is called in between. Raises Refused, KeyboardInterrupt, Terminated, and BrokenPipeError where nobody
+    reads the progress any more: no result, the same command goes on.
     """
     measure, failure, start = None, None, time.monotonic()
     try:
         measure = experiment.prepare(unit, config, directory)
-    except Refused:
+    except (Refused, BrokenPipeError):
         raise
     except Exception as error:  # noqa: BLE001  recorded, logged, and the run's exit status
         failure = _failure(error, f"{unit.name}: {describe_cell(unit.cells[0])} and later", directory)
@@ -57,7 +69,7 @@ def outcomes(
             metrics = measure(cell)
             Record(cell, metrics)  # a name or a number that no record takes is this cell's failure
             outcome = Outcome(cell, time.monotonic() - start, metrics=dict(metrics))
-        except Refused:
+        except (Refused, BrokenPipeError):
             raise
         except Exception as error:  # noqa: BLE001  as above
             status, reason = _failure(error, f"{unit.name}: {describe_cell(cell)}", directory)
@@ -80,14 +92,56 @@ def describe_cell(cell: Cell) -> str:
     return "  ".join(f"{name}={value}" for name, value in cell.items())
 
 
+def cells(count: int) -> str:
+    """So many of them."""
+    return f"{count} cell{'' if count == 1 else 's'}"
+
+
+def set_aside(folder: Path) -> int:
+    """Take what failed or ran out of memory out of a run's records, to be measured again; how many those are.
+
+    They are kept in retried.jsonl, and the rows that replace them name them.
+    """
+    path = folder / "records.jsonl"
+    records = read(path)
+    again = [record for record in records if record.status in ("failed", "out-of-memory")]
+    if again:
+        for record in again:
+            append_line(folder / RETRIED, record.to_json())
+        (folder / "result.json").unlink(missing_ok=True)
+        write_records(path, [record for record in records if record not in again])
+    return len(again)
+
+
+def retried(folder: Path) -> dict[str, list[dict[str, str]]]:
+    """What became of each cell the times before, by its key."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for line in read_lines(folder / RETRIED):
+        before = {
+            "status": line["status"],
+            "reason": line["reason"],
+            "date": line["provenance"].get("date", ""),
+        }
+        found.setdefault(cell_key(line["cell"]), []).append(before)
+    return found
+
+
 class Sweep:
     """The bookkeeping of a run, in the one process that writes its records."""
 
-    def __init__(self, experiment: Experiment, config: Any, units: Sequence[Unit], directory: RunDirectory):
-        self.experiment, self.config, self.directory = experiment, config, directory
+    def __init__(
+        self,
+        experiment: Experiment,
+        config: Any,
+        units: Sequence[Unit],
+        directory: RunDirectory,
+        jobs: int = 0,
+    ):
+        self.experiment, self.config, self.directory, self.jobs = experiment, config, directory, jobs
         self.cells = [cell for unit in units for cell in unit.cells]
         self.log = RecordLog(directory.path / "records.jsonl")
-        self.begun = self._shown = time.monotonic()
+        self.retried = retried(directory.path)
+        self.begun = self.newest = self._shown = time.monotonic()  # the second: when the last cell was added
         self.measured = 0  # cells, by this process and its workers
         self._reported, self._cost = -1, 0.0  # records in the last report, and the seconds it took
 
@@ -102,9 +156,12 @@ class Sweep:
         source = provenance(
             config=self.directory.run, seed=seed if isinstance(seed, int) else None, seconds=outcome.seconds
         )
-        made = {"source": self.directory.source, **source}
+        made = {"source": self.directory.source, "inputs": dict(self.directory.inputs), **source}
+        if before := self.retried.get(cell_key(outcome.cell)):
+            made["retried"] = before
         self.log.add(Record(outcome.cell, outcome.metrics, outcome.status, outcome.reason, made))
         self.measured += 1
+        self.newest = time.monotonic()
         self._progress()
 
     def _progress(self) -> None:
@@ -134,20 +191,21 @@ class Sweep:
                 config=resolved(self.config),
                 metrics=steps_once(self.directory.metrics()),
                 planned=self.cells,
+                sweep=self.summary() or (self.directory.result or {}).get("sweep", {}),
             )
         self._reported = len(records)
         self._cost += time.monotonic() - start
 
-    def summary(self, jobs: int) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
         """How fast this process and its workers went, for result.json; empty where nothing was left to measure."""
         if not self.measured:
             return {}
-        seconds = time.monotonic() - self.begun
+        seconds = self.newest - self.begun
         return {
             "cells": self.measured,
             "seconds": round(seconds, 3),
             "cells_per_minute": round(60 * self.measured / seconds, 3),
-            "jobs": jobs,
+            "jobs": self.jobs,
         }
 
 
@@ -156,7 +214,7 @@ def run_here(sweep: Sweep, units: Sequence[Unit]) -> None:
     for unit in units:
         if (left := sweep.missing(unit)) is None:
             continue
-        print(f"{unit.name}: {len(left.cells)} cells to measure", flush=True)
+        print(f"{unit.name}: {cells(len(left.cells))} to measure", flush=True)
         for outcome in outcomes(sweep.experiment, left, sweep.config, sweep.directory):
             sweep.add(outcome)
         sweep.report()

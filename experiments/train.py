@@ -1,8 +1,8 @@
 """Train one model, or several named ones: checkpoints, stopping and going on, a record of each at the end."""
 
+import dataclasses
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from experiments import schemes
+from experiments import checks, schemes
 from experiments.directory import Refused, RunDirectory
 from experiments.progress import show, steps_once
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
-from experiments.stopping import deferred_signals, stop
+from experiments.stopping import deferred_signals, say, stop
 from slimjax import checkpoint, pretrained, trackers
 from slimjax.config import (
+    ASIDE,
     CheckpointConfig,
     Config,
     ConfigError,
@@ -26,7 +27,7 @@ from slimjax.config import (
     TrainConfig,
     resolved,
 )
-from slimjax.data import Corpus, load_corpus
+from slimjax.data import Corpus
 from slimjax.train import TrainState, held_out, state_shapes, train
 
 TITLE = "Training"
@@ -45,7 +46,11 @@ class Variant(Config):
         if self.model.position == "learned" and self.model.max_length < self.train.length:
             raise ConfigError(
                 f"{self.name}: learned positions end at max_length = {self.model.max_length}, "
-                f"training needs {self.train.length}"
+                f"training needs {self.train.length}",
+                ("max_length", "position"),
+                "Model",
+                self.name,
+                ("Train.length",),
             )
 
 
@@ -54,8 +59,8 @@ class Training(Config):
     """The whole run."""
 
     data: DataConfig
-    checkpoint: CheckpointConfig
-    tracking: TrackingConfig
+    checkpoint: CheckpointConfig = dataclasses.field(metadata=ASIDE)
+    tracking: TrackingConfig = dataclasses.field(metadata=ASIDE)
     held_out_tokens: int
     variants: tuple[Variant, ...]
 
@@ -64,7 +69,10 @@ def resolve(build: Build) -> Training:
     """The run from its sections; a model's name is the scope of its bindings."""
     section = build("Training")
     tracking = build("Tracking")
-    trackers.check(tracking)
+    try:
+        trackers.check(tracking)
+    except ConfigError as error:
+        raise ConfigError(error.problem, error.field, "Tracking") from None
     return Training(
         data=build("Data"),
         checkpoint=build("Checkpoint"),
@@ -103,9 +111,18 @@ def forecast(unit: Unit, config: Training) -> Forecast:
     return schemes.training(unit.data.model, unit.data.train)
 
 
+def check(config: Training) -> Mapping[str, str]:
+    """Of the text, for every model."""
+    corpus = checks.text(config.data)
+    for variant in config.variants:
+        checks.trainable(corpus, variant.model, variant.train, variant.name)
+        checks.held_out(corpus, variant.train, config.held_out_tokens, variant.name)
+    return checks.named(config.data, corpus)
+
+
 def prepare(unit: Unit, config: Training, directory: RunDirectory) -> Measure:
     """Training is the cell's own work, so that its time is the record's."""
-    variant, corpus = unit.data, load_corpus(config.data)
+    variant, corpus = unit.data, checks.loaded(config.data, directory)
 
     def measure(cell: Cell) -> dict[str, Any]:
         state = trained(variant, corpus, config.data, directory, config.checkpoint, config.tracking)
@@ -132,12 +149,15 @@ def trained(
     SIGTERM and Ctrl-C let the step at work end, save, and end the run: Terminated, KeyboardInterrupt.
 
     Raises:
-        Refused: the newest checkpoint is damaged, or the disk is full: mended, the same command goes on.
+        Refused: the newest checkpoint is damaged, or nothing can be written: mended, the same command goes on.
         FloatingPointError: the loss, or a parameter, is not finite; the checkpoints before are kept.
     """
     folder = directory.path / "models" / variant.name
     again = folder.exists()
-    pretrained.describe(folder, variant.model, data)
+    try:
+        pretrained.describe(folder, variant.model, data)
+    except OSError as error:
+        raise _unwritten(folder, error) from error
     done = checkpoint.latest_step(folder) or 0
     state = _restored(folder, variant) if done else None
     if state is not None and done >= variant.train.steps:
@@ -165,13 +185,21 @@ def trained(
                 save_every=saving.every,
                 stop=lambda: caught,
             )
+    except BrokenPipeError:  # nobody reads the progress any more
+        raise
     except OSError as error:
-        step = checkpoint.latest_step(folder) or 0
-        raise Refused(f"{error}; that mended, the same command goes on from step {step}") from error
+        raise _unwritten(folder, error) from error
     if caught:
-        print(f"{variant.name}: saved at step {int(state.step)}", file=sys.stderr)
+        say(f"{variant.name}: saved at step {int(state.step)}")
         stop(caught[0])
     return state
+
+
+def _unwritten(folder: Path, error: OSError) -> Refused:
+    """Of a disk that is full, or whatever else keeps a run from writing."""
+    step = checkpoint.latest_step(folder) or 0
+    problem = " ".join(str(error).split())
+    return Refused(f"{problem}; that mended, the same command goes on from step {step}")
 
 
 def _restored(folder: Path, variant: Variant) -> TrainState:

@@ -13,7 +13,8 @@ from experiments.settings import Build, Cell, Forecast, Measure, TrainBenchConfi
 from experiments.train import Variant
 from slimjax import timing
 from slimjax.config import Config
-from slimjax.train import initial_state, schedule, state_shapes, train_step
+from slimjax.optimizer import numbers, schedule
+from slimjax.train import initial_state, state_shapes, train_step
 
 TITLE = "How fast is training?"
 ALONE = True  # timings
@@ -127,13 +128,14 @@ def _slimjax(
     variant: Variant, batch: np.ndarray, bench: TrainBenchConfig
 ) -> tuple[Callable[[np.ndarray], float], float]:
     state = initial_state(variant.model, variant.train)
+    given = numbers(variant.train)
     program, seconds = timing.compiled(
-        train_step(variant.model, variant.train), state, batch, donate_argnums=0
+        train_step(variant.model, variant.train), state, batch, given, donate_argnums=0
     )
 
     def step(tokens: np.ndarray) -> float:
         nonlocal state
-        state, loss = program(state, tokens)
+        state, loss = program(state, tokens, given)
         return float(loss)
 
     return step, seconds
@@ -148,7 +150,7 @@ def _torch(
     params: nnx.State = initial_state(variant.model, variant.train).params
     model = peer.Peer(variant.model, params, train=True)
     rates = schedule(variant.train)
-    steps = [float(np.asarray(rates(index))) for index in range(variant.train.steps)]
+    steps = [rates(index) for index in range(variant.train.steps)]
     return model.training_step(variant.train, lambda index: steps[min(index, len(steps) - 1)]), None
 
 

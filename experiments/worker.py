@@ -23,12 +23,13 @@ from experiments.compilation import keep_compiled
 from experiments.directory import WORKERS, Refused, RunDirectory, source_hash
 from experiments.settings import Unit
 from experiments.stopping import Terminated
-from experiments.sweep import Outcome, Sweep, outcomes
+from experiments.sweep import Outcome, Sweep, cells, outcomes
 from slimjax.records import Status
 
 TRIES = 3  # times a unit is opened whose process dies of it
 PATIENCE = 120.0  # seconds that workers are given to save what they are at
 STOPPED = {-signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGINT}  # exit codes
+CLOSED = 128 + signal.SIGPIPE  # exit code of one that could not say what it had to
 
 OPENED, DONE = "opened", "done"  # what a worker says beside its outcomes; ("refused", reason) ends the run
 
@@ -50,16 +51,17 @@ def work(pipe: Connection, module: str, config: Any, directory: RunDirectory) ->
         keep_compiled()
         experiment: Any = importlib.import_module(module)
         try:
-            while (unit := pipe.recv()) is not None:
-                for outcome in outcomes(experiment, unit, config, directory, lambda: pipe.send(OPENED)):
-                    pipe.send(outcome)
-                pipe.send(DONE)
-        except Refused as error:
-            pipe.send(("refused", str(error)))
+            try:
+                while (unit := pipe.recv()) is not None:
+                    for outcome in outcomes(experiment, unit, config, directory, lambda: pipe.send(OPENED)):
+                        pipe.send(outcome)
+                    pipe.send(DONE)
+            except Refused as error:
+                pipe.send(("refused", str(error)))
         except Terminated:
             os._exit(128 + signal.SIGTERM)
-        except (EOFError, BrokenPipeError):  # the parent has closed the pipe: nothing more is wanted
-            os._exit(0)
+        except (EOFError, BrokenPipeError):  # the parent, or who reads the progress, wants nothing more
+            os._exit(CLOSED)
 
 
 def _follow_parent() -> None:
@@ -107,7 +109,7 @@ class Crew:
         self.deaths: Counter[str] = Counter()  # unit -> while it was opened
 
     def run(self) -> None:
-        """Until every cell is recorded. Raises Refused and Terminated where a worker ends with that."""
+        """Until every cell is recorded. Raises Refused, Terminated, BrokenPipeError where a worker ends so."""
         while self.waiting or any(worker.unit for worker in self.workers):
             self._assign()
             ready = wait([worker.pipe for worker in self.workers])
@@ -129,7 +131,7 @@ class Crew:
                 worker = Worker(module, self.sweep.config, self.sweep.directory)
                 self.workers.append(worker)
             unit = self.waiting.popleft()
-            print(f"{unit.name}: {len(unit.cells)} cells to measure", flush=True)
+            print(f"{unit.name}: {cells(len(unit.cells))} to measure", flush=True)
             worker.take(unit)
 
     def _heard(self, worker: Worker, message: Any) -> None:
@@ -153,6 +155,8 @@ class Crew:
         unit, code = worker.unit, worker.process.exitcode or 0
         if code in STOPPED:
             raise Terminated  # as when the machine shuts down: not a result
+        if code == CLOSED:
+            raise BrokenPipeError
         if unit is None or not worker.left:
             return
         lost = 1

@@ -10,13 +10,15 @@ step_00000100.1/    the same step, saved a second time: it counts, once it is th
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,9 +73,9 @@ def save(folder: Path | str, step: int, tree: Any, *, keep: int | None = None) -
         _write(temporary, leaves)
         temporary.rename(final)
         _flush(folder)
-    except (OSError, ValueError) as error:  # ValueError is what orbax makes of a full disk
+    except (OSError, ValueError, RuntimeError) as error:  # the latter are what orbax makes of a full disk
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{final} could not be written: {error}") from error
+        raise OSError(f"{final} could not be written: {_cause(error, folder)}") from error
     kept = list(steps(folder).values())[-(keep or 0) :]
     for path in folder.iterdir():
         if _STEP.fullmatch(path.name) and path not in (*kept, final):
@@ -131,6 +133,18 @@ def restore(folder: Path | str, like: Tree, step: int | None = None, *, part: st
     return jax.tree.unflatten(jax.tree.structure(like), [jax.numpy.asarray(arrays[name]) for name in wanted])
 
 
+def _cause(error: Exception, folder: Path) -> str:
+    """Why a save failed, in a few words: orbax says it at length, or after a first failure says something else."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(number).lower() in text.lower():
+            return os.strerror(number)
+    free = shutil.disk_usage(folder).free
+    return f"{text[:120]}{'...' * (len(text) > 120)} ({free >> 20} MiB are free there)"
+
+
 def _damage(path: Path, what: str) -> ValueError:
     return ValueError(f"{path} is damaged: {what}: not what was saved; delete it to go on from an older step")
 
@@ -138,13 +152,33 @@ def _damage(path: Path, what: str) -> ValueError:
 @contextlib.contextmanager
 def _orbax() -> Iterator[ocp.PyTreeCheckpointer]:
     """orbax, which raises what goes wrong, without the pages it logs of it besides."""
-    logger = logging.getLogger("absl")
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     before, logger.disabled = logger.disabled, True
+    if hook is not _unraisable:
+        _unraisable.hook, sys.unraisablehook = hook, _unraisable
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             yield checkpointer
+        sys.unraisablehook = hook
     finally:
         logger.disabled = before
+
+
+class _Unraisable:
+    """Passes over what the threads of a save say that failed: they come back to an event loop that orbax has closed.
+
+    They do so later, so it stays in place after a failure.
+    """
+
+    hook: Callable[[Any], object] = sys.__unraisablehook__
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            self.hook(unraisable)
+
+
+_unraisable = _Unraisable()
 
 
 def _write(folder: Path, leaves: dict[str, np.ndarray]) -> None:

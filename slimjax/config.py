@@ -19,14 +19,38 @@ from slimjax.scheme import parse_scheme
 
 
 class ConfigError(ValueError):
-    """A wrong config value. `field` names the field at fault, or is None when several clash.
+    """A wrong config value.
 
-    `section` is the field's, where that is another than the one being built.
+    Attributes:
+        problem: what is wrong, in a line.
+        field: the field at fault; several that clash; or None.
+        section, scope: the field's, where they are not those that are being built.
+        others: fields of other sections that clash with it, as 'Section.field'.
     """
 
-    def __init__(self, problem: str, field: str | None = None, section: str | None = None):
+    def __init__(
+        self,
+        problem: str,
+        field: str | tuple[str, ...] | None = None,
+        section: str | None = None,
+        scope: str = "",
+        others: tuple[str, ...] = (),
+    ):
         super().__init__(problem)
-        self.problem, self.field, self.section = problem, field, section
+        self.problem, self.field, self.section, self.scope, self.others = (
+            problem,
+            field,
+            section,
+            scope,
+            others,
+        )
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """(section, field) of everything that may be at fault."""
+        fields = (self.field,) if isinstance(self.field, str) else self.field or ()
+        split = [name.partition(".") for name in self.others]
+        return [(self.section or "", field) for field in fields] + [(name, field) for name, _, field in split]
 
 
 @dataclass(frozen=True)
@@ -49,8 +73,9 @@ class Range:
         return "a finite number " + " and ".join(part for part in parts if part)
 
 
-Count = Annotated[int, Range(least=1)]
-Whole = Annotated[int, Range(least=0)]
+MOST = 2**31 - 1  # what the device counts to
+Count = Annotated[int, Range(least=1, most=MOST)]
+Whole = Annotated[int, Range(least=0, most=MOST)]
 Positive = Annotated[float, Range(above=0.0)]
 NonNegative = Annotated[float, Range(least=0.0)]
 Fraction = Annotated[float, Range(least=0.0, most=1.0)]
@@ -91,6 +116,16 @@ def _fit(value: Any, annotation: Any, field: str) -> Any:
     return value
 
 
+ELSEWHERE = {"elsewhere": True}
+"""Metadata of a field that says where something lies, and not what: it is no part of what a config resolves to."""
+
+ASIDE = {"aside": True}
+"""Metadata of a field that no result depends on, such as how often progress is told: no part of the run id."""
+
+ADDED = {"added": True}
+"""Metadata of a field younger than configs in use: at its default it is left out, so that those keep their ids."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Base of every section: checks types and ranges, then asks `validate` about the fields together."""
@@ -128,6 +163,10 @@ class ModelConfig(Config):
     rope_interleaved: bool = False
     window: Count | None = None  # tokens a query sees, itself included
     key_init: Literal["default", "orthogonal"] = "default"
+    norm_epsilon: Positive = dataclasses.field(default=1e-6, metadata=ADDED)  # added to the variance
+    qkv_bias: bool = dataclasses.field(
+        default=False, metadata=ADDED
+    )  # of queries, keys, values, as Qwen2 has
     max_length: Count = 1024  # longest sequence of learned positions
 
     @property
@@ -148,11 +187,19 @@ class ModelConfig(Config):
 
     def validate(self) -> None:
         if self.head_dim is None and self.width % self.heads:
-            raise ConfigError(f"width = {self.width} is not a multiple of heads = {self.heads}; set head_dim")
+            raise ConfigError(
+                f"width = {self.width} is not a multiple of heads = {self.heads}; set head_dim",
+                ("width", "heads"),
+            )
         if self.heads % self.K:
-            raise ConfigError(f"heads = {self.heads} is not a multiple of kv_heads = {self.K}", "kv_heads")
+            raise ConfigError(
+                f"heads = {self.heads} is not a multiple of kv_heads = {self.K}", ("heads", "kv_heads")
+            )
         if self.position == "rope" and self.H % 2:
-            raise ConfigError(f"position = 'rope' needs an even head size, got {self.H}", "position")
+            raise ConfigError(
+                f"position = 'rope' needs an even head size, got {self.H}",
+                ("position", "width", "heads", "head_dim"),
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,15 +220,17 @@ class TrainConfig(Config):
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute dtype
     seed: Whole = 0
     conditioning_penalty: NonNegative = 0.0  # weight of the penalty on W_K, 0 = off
-    log_every: Count = 50  # steps
+    log_every: Count = dataclasses.field(default=50, metadata=ASIDE)  # steps
 
     def validate(self) -> None:
         if self.warmup > self.steps:
-            raise ConfigError(f"warmup = {self.warmup} is longer than steps = {self.steps}", "warmup")
+            raise ConfigError(
+                f"warmup = {self.warmup} is longer than steps = {self.steps}", ("warmup", "steps")
+            )
         if self.batch % self.accumulation:
             raise ConfigError(
                 f"batch = {self.batch} is not a multiple of accumulation = {self.accumulation}",
-                "accumulation",
+                ("batch", "accumulation"),
             )
 
 
@@ -242,25 +291,28 @@ class EquivalenceConfig(Config):
                 raise ConfigError(f"schemes has {scheme} twice, the second time as {text!r}", "schemes")
             found.add(scheme)
         if self.tokens % self.length:
-            raise ConfigError(f"tokens = {self.tokens} is not a multiple of length = {self.length}", "tokens")
+            raise ConfigError(
+                f"tokens = {self.tokens} is not a multiple of length = {self.length}", ("tokens", "length")
+            )
 
 
-ELSEWHERE = {"elsewhere": True}
-"""Metadata of a field that says where something lies, and not what: it is no part of what a config resolves to."""
+def resolved(config: Any, *, aside: bool = True) -> Any:
+    """A config, or a mapping or sequence of configs, as plain JSON data; without the fields marked ELSEWHERE.
 
-
-def resolved(config: Any) -> Any:
-    """A config, or a mapping or sequence of configs, as plain JSON data; without the fields marked ELSEWHERE."""
+    aside: with those marked ASIDE.
+    """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {
-            field.name: resolved(getattr(config, field.name))
+            field.name: resolved(getattr(config, field.name), aside=aside)
             for field in dataclasses.fields(config)
             if field.metadata != ELSEWHERE
+            and (aside or field.metadata != ASIDE)
+            and (field.metadata != ADDED or getattr(config, field.name) != field.default)
         }
     if isinstance(config, Mapping):
-        return {key: resolved(value) for key, value in config.items()}
+        return {key: resolved(value, aside=aside) for key, value in config.items()}
     if isinstance(config, tuple | list):
-        return [resolved(value) for value in config]
+        return [resolved(value, aside=aside) for value in config]
     return config
 
 
@@ -270,5 +322,5 @@ def canonical_json(config: Any) -> str:
 
 
 def digest(config: Any) -> str:
-    """First 12 hex digits of the sha256 of `canonical_json`: the run id."""
-    return hashlib.sha256(canonical_json(config).encode()).hexdigest()[:12]
+    """First 12 hex digits of the sha256 of the `canonical_json`, fields marked ASIDE left out: the run id."""
+    return hashlib.sha256(canonical_json(resolved(config, aside=False)).encode()).hexdigest()[:12]

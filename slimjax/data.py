@@ -25,12 +25,14 @@ class Corpus:
         train, held_out: [tokens], uint8 for bytes, else int32.
         vocab: V.
         bytes_per_token: of the held-out text; bits per byte = bits per token / bytes_per_token.
+        digest: sha256 (12 hex) of the files it was read from, their names, contents and split; "": of no files.
     """
 
     train: np.ndarray
     held_out: np.ndarray
     vocab: int
     bytes_per_token: float = 1.0
+    digest: str = ""
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> np.ndarray:
         """Random training windows, a pure function of its arguments.
@@ -56,16 +58,19 @@ class Corpus:
         Raises:
             ValueError: the held-out text is too short for that many.
         """
+        self.check_held_out(count, length)
+        stride = length + (len(self.held_out) - (count * length + 1)) // max(count - 1, 1)
+        return _windows(self.held_out, np.arange(count) * stride, length)
+
+    def check_held_out(self, count: int, length: int) -> None:
+        """Raise what ``held_out_windows`` would."""
         if count < 1 or length < 1:
             raise ValueError(f"{count=} windows of {length=} tokens: expected at least one of each")
-        spare = len(self.held_out) - (count * length + 1)
-        if spare < 0:
+        if len(self.held_out) < count * length + 1:
             raise ValueError(
                 f"held-out text of {len(self.held_out)} tokens has no {count} windows of {length} + 1; "
                 "ask for fewer tokens or hold out a larger share"
             )
-        stride = length + spare // max(count - 1, 1)
-        return _windows(self.held_out, np.arange(count) * stride, length)
 
 
 def _windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
@@ -79,17 +84,36 @@ def load_corpus(config: DataConfig = DataConfig()) -> Corpus:
     on every machine and a new file moves no other. A single file is split near its end instead.
 
     Raises:
-        ValueError: no files, or nothing in them, under ``config.path``; a tokenizer.json that cannot be read.
+        ValueError: no files, or nothing in them, or one that cannot be read, under ``config.path``; a
+            tokenizer.json that cannot be read. The message begins with the field.
     """
     root, files = _standard_library() if config.path is None else _files(config.path)
-    texts = {str(file.relative_to(root).as_posix()): file.read_bytes() for file in files}
+    try:
+        texts = {str(file.relative_to(root).as_posix()): file.read_bytes() for file in files}
+    except OSError as error:
+        raise ValueError(f"path = {config.path!r}: {error.filename}: {error.strerror}") from None
     texts = {name: text for name, text in texts.items() if text}
     if not texts:
         raise ValueError(f"path = {config.path!r}: its {len(files)} files are all empty")
-    train, held_out = _split(texts, config.held_out_percent)
+    try:
+        train, held_out = _split(texts, config.held_out_percent)
+    except ValueError as error:
+        raise ValueError(f"path = {config.path!r}: {error}") from None
+    digest = _digest(texts, config)
     if config.tokenizer is None:
-        return Corpus(train=_bytes(train), held_out=_bytes(held_out), vocab=256)
-    return _tokenized(train, held_out, config.tokenizer)
+        return Corpus(train=_bytes(train), held_out=_bytes(held_out), vocab=256, digest=digest)
+    return dataclasses.replace(_tokenized(train, held_out, config.tokenizer), digest=digest)
+
+
+def _digest(texts: dict[str, bytes], config: DataConfig) -> str:
+    """What the tokens are a function of."""
+    total = hashlib.sha256(repr(config.held_out_percent).encode())
+    for name, text in texts.items():
+        total.update(f"{name}\0".encode())
+        total.update(hashlib.sha256(text).digest())
+    if config.tokenizer is not None and (tokenizer := Path(config.tokenizer)).is_file():
+        total.update(tokenizer.read_bytes())
+    return total.hexdigest()[:12]
 
 
 def _standard_library() -> tuple[Path, list[Path]]:

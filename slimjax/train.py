@@ -3,11 +3,11 @@
 So training that stops and goes on from its state takes the same steps, bit for bit, as training that does not.
 """
 
+import dataclasses
 import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from slimjax.config import ModelConfig, TrainConfig
 from slimjax.data import Corpus
 from slimjax.models.decoder import DecoderLM
 from slimjax.numerics import accumulation_dtype, cross_entropy, einsum
+from slimjax.optimizer import Numbers, adamw, initial, numbers, schedule
 from slimjax.pytree import pytree
 
 # Parameters and a batch to (what is minimised, the loss that is reported).
@@ -35,15 +36,17 @@ class TrainState:
 
     Attributes:
         params: the model's parameters, float32.
-        opt_state: optax's.
+        opt_state: the moments of AdamW.
         step: [], steps taken.
         loss_sum: [], nats per token, over the steps since the last report (or the start).
+        loss_count: [], those steps.
     """
 
     params: nnx.State
-    opt_state: optax.OptState
+    opt_state: optax.ScaleByAdamState
     step: Int[Array, ""]
     loss_sum: Float[Array, ""]
+    loss_count: Int[Array, ""]
 
 
 def initial_state(model_config: ModelConfig, train_config: TrainConfig) -> TrainState:
@@ -51,9 +54,10 @@ def initial_state(model_config: ModelConfig, train_config: TrainConfig) -> Train
     params = nnx.state(DecoderLM(model_config, rngs=nnx.Rngs(train_config.seed)), nnx.Param)
     return TrainState(
         params=params,
-        opt_state=_optimizer(train_config).init(params),
+        opt_state=initial(params),
         step=jnp.zeros((), jnp.int32),
         loss_sum=jnp.zeros(()),
+        loss_count=jnp.zeros((), jnp.int32),
     )
 
 
@@ -102,7 +106,7 @@ def train(
     if corpus.vocab > model_config.vocab:
         raise ValueError(f"{corpus.vocab=} does not fit the model's {model_config.vocab=}")
     state = initial_state(model_config, train_config) if state is None else state
-    step = _compiled_step(model_config, train_config)
+    step, given = compiled_step(model_config, train_config), numbers(train_config)
     first, last = int(state.step), train_config.steps if until is None else until
     begun, pending = time.perf_counter(), None
 
@@ -113,7 +117,7 @@ def train(
 
     for index in range(first, last):
         tokens = corpus.batch(train_config.seed, index, train_config.batch, train_config.length)
-        state, loss = step(state, tokens)
+        state, loss = step(state, jnp.asarray(tokens), given)
         if index == first:
             loss.block_until_ready()
             begun = time.perf_counter()  # the first step compiled
@@ -148,8 +152,8 @@ def _metrics(
     return {
         "step": step,
         "steps": config.steps,
-        "loss": float(state.loss_sum) / ((step - 1) % config.log_every + 1),
-        "learning_rate": float(np.asarray(schedule(config)(step - 1))),
+        "loss": float(state.loss_sum) / int(state.loss_count),
+        "learning_rate": schedule(config)(step - 1),
         "tokens_per_second": timed * config.batch * config.length / seconds if timed else 0.0,
         "seconds_left": seconds / max(timed, 1) * (last - step),
     }
@@ -180,67 +184,64 @@ def held_out(
     return {"bits_per_byte": bits, "count": batches * train_config.batch * train_config.length}
 
 
-def schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up from 0 to ``learning_rate``, then a cosine to ``final_fraction`` of it at the last step."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup,
-        decay_steps=max(config.steps, config.warmup + 1),
-        end_value=config.final_fraction * config.learning_rate,
-    )
-
-
-def _optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with clipping; kernels and embeddings are decayed, biases and norms are not."""
-
-    def matrices(params: nnx.State) -> nnx.State:
-        def named(path: jax.tree_util.KeyPath, _: Array) -> bool:
-            return any(name in jax.tree_util.keystr(path) for name in ("kernel", "embedding"))
-
-        return jax.tree_util.tree_map_with_path(named, params)
-
-    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    adamw = optax.adamw(
-        schedule(config), b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay, mask=matrices
-    )
-    return optax.chain(clip, adamw)
-
-
 def _graph(config: ModelConfig) -> nnx.GraphDef:
     """The model without its arrays."""
     return nnx.graphdef(nnx.eval_shape(lambda: DecoderLM(config, rngs=nnx.Rngs(0))))
 
 
+Step = Callable[[TrainState, Int[Array, "B T"], Numbers], tuple[TrainState, Array]]
+"""A state, a batch of tokens [B, T+1] and a config's numbers to the next state and the loss before it."""
+
+
+def compiled_step(model_config: ModelConfig, config: TrainConfig) -> Step:
+    """``train_step`` compiled, once for all configs of a shape; the state that it is given is consumed."""
+    plain = TrainConfig(steps=0, warmup=0, batch=config.accumulation, accumulation=config.accumulation)
+    shape = dataclasses.replace(
+        plain,
+        dtype=config.dtype,
+        clip=config.clip and 1.0,
+        conditioning_penalty=float(config.conditioning_penalty > 0),
+    )
+    return _compiled_step(dataclasses.replace(model_config, key_init="default"), shape)
+
+
 @functools.lru_cache(maxsize=4)  # going on from a state compiles nothing anew
-def _compiled_step(
-    model_config: ModelConfig, config: TrainConfig
-) -> Callable[[TrainState, np.ndarray], tuple[TrainState, Array]]:
-    return jax.jit(train_step(model_config, config), donate_argnums=0)
+def _compiled_step(model_config: ModelConfig, shape: TrainConfig) -> Step:
+    return jax.jit(train_step(model_config, shape), donate_argnums=0)
 
 
-def train_step(
-    model_config: ModelConfig, config: TrainConfig
-) -> Callable[[TrainState, Int[Array, "B T"]], tuple[TrainState, Array]]:
-    """One step, not compiled: a state and a batch of tokens [B, T+1] to the next state and the loss before it."""
-    graph, optimizer = _graph(model_config), _optimizer(config)
+def train_step(model_config: ModelConfig, config: TrainConfig) -> Step:
+    """One step, not compiled.
 
-    def objective(params: nnx.State, tokens: Int[Array, "B T"]) -> tuple[Array, Array]:
+    Of the config it has the compute dtype, the parts of a batch, and whether there is a penalty and clipping at
+    all; how much of these, and all else, is in the ``Numbers`` that it is called with.
+    """
+    graph = _graph(model_config)
+
+    def objective(params: nnx.State, tokens: Int[Array, "B T"], given: Numbers) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
         loss = cross_entropy(model(tokens[:, :-1], config.dtype), tokens[:, 1:])
         if not config.conditioning_penalty:
             return loss, loss
         penalties = [conditioning_penalty(block.attention.key.kernel[...]) for block in model.blocks]
-        return loss + config.conditioning_penalty * sum(penalties[1:], penalties[0]) / len(penalties), loss
+        return loss + given.penalty * sum(penalties[1:], penalties[0]) / len(penalties), loss
 
-    def step(state: TrainState, tokens: Int[Array, "B T"]) -> tuple[TrainState, Array]:
-        gradient, loss = _mean_gradient(objective, state.params, tokens, config.accumulation)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of an integer count
-            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-        params = cast(nnx.State, optax.apply_updates(state.params, updates))
+    def step(state: TrainState, tokens: Int[Array, "B T"], given: Numbers) -> tuple[TrainState, Array]:
+        gradient, loss = _mean_gradient(
+            functools.partial(objective, given=given), state.params, tokens, config.accumulation
+        )
+        params, opt_state = adamw(
+            given, gradient, state.opt_state, state.params, step=state.step, clipped=config.clip is not None
+        )
         # Part of the state, or a report after a restart would be the mean of fewer steps.
-        loss_sum = jnp.where(state.step % config.log_every == 0, jnp.zeros_like(loss), state.loss_sum) + loss
-        return TrainState(params=params, opt_state=opt_state, step=state.step + 1, loss_sum=loss_sum), loss
+        first = state.step % given.log_every == 0
+        return TrainState(
+            params=params,
+            opt_state=opt_state,
+            step=state.step + 1,
+            loss_sum=jnp.where(first, jnp.zeros_like(loss), state.loss_sum) + loss,
+            loss_count=jnp.where(first, jnp.zeros_like(state.loss_count), state.loss_count) + 1,
+        ), loss
 
     return step
 

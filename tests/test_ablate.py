@@ -5,9 +5,10 @@ import json
 import pytest
 import small_runs
 
+import slimjax.train
 from experiments import run
 from slimjax import checkpoint, evaluate
-from slimjax.records import read
+from slimjax.records import read, read_lines
 
 GRID = "Ablate.axes = (('Model.heads', (2, 4)), ('Train.seed', (0, 1)))\n"
 
@@ -50,6 +51,8 @@ def test_values_that_only_fit_together_are_no_mistake(tmp_path):
         ("(('Model.heads', (2, '4')),)", "with Model.heads = '4': heads = '4': expected int, got str"),
         ("(('Train.learning_rate', (1e-3, -1.0)),)", "with Train.learning_rate = -1.0"),
         ("(('Model.heads', (2, 2)),)", "expected distinct values"),
+        ("(('Train.weight_decay', (0, 0.0)),)", "expected distinct values"),
+        ("(('Model.kv_heads', (None, 4)),)", "kv_heads=None and kv_heads=4 are the same model"),
         ("(('Model.heads', ()),)", "at least one value"),
         ("(('Model.heads', 2),)", "expected ('Section.field', (value, ...))"),
         ("('Model.heads', (2,))", "expected"),
@@ -92,3 +95,21 @@ def test_models_are_trained_once_and_the_report_has_mean_and_spread(tmp_path, mo
     table = (out / "tables" / "models.md").read_text()
     assert "| heads=2 | 2 |" in table
     assert "±" in table
+
+
+def test_models_of_one_shape_are_trained_by_one_program(tmp_path):
+    slimjax.train._compiled_step.cache_clear()
+    grid = "Ablate.axes = (('Train.learning_rate', (1e-3, 3e-3)),)\n"
+    measured = small_runs.MEASURED.replace("'kv:bf16', 'k:int16', 'x:bf16'", "'kv:bf16',")
+    config = small_runs.write(tmp_path, "ablate", grid, small_runs.MODEL, small_runs.HEADS, measured)
+    assert small_runs.launched(config, tmp_path / "out") == 0
+    first, second = run.load(config).config.points
+    program = slimjax.train.compiled_step(first.variant.model, first.variant.train)
+    assert program is slimjax.train.compiled_step(second.variant.model, second.variant.train)
+    assert (slimjax.train._compiled_step.cache_info().misses, program._cache_size()) == (1, 1)
+    losses = {}
+    for line in read_lines(tmp_path / "out" / "metrics.jsonl"):
+        losses.setdefault(line["model"], []).append(line["loss"])
+    one, other = losses.values()
+    assert one[:2] == other[:2]  # the first step has no learning rate
+    assert all(a != b for a, b in zip(one[2:], other[2:], strict=True))

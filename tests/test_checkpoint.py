@@ -3,6 +3,7 @@
 import resource
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -198,6 +199,49 @@ def test_the_manifest_is_one_that_sha256sum_reads(tmp_path):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum")
     subprocess.run(["sha256sum", "-c", "manifest.sha256"], cwd=path, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            ValueError("UNAVAILABLE: " + "x" * 500 + "\nNo space left on device [OS error 28]"),
+            "No space left on device",
+        ),
+        (RuntimeError("Event loop is closed"), r"Event loop is closed \(\d+ MiB are free there\)"),
+        (OSError(28, "No space left on device", "x" * 300), "No space left on device"),
+        (ValueError("pages\n" * 200), r"(pages )+[pages]*\.\.\. \(\d+ MiB are free there\)"),
+    ],
+)
+def test_a_save_that_failed_says_so_in_a_few_words(tmp_path, monkeypatch, error, said):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(OSError, match=f"could not be written: {said}$") as caught:
+        checkpoint.save(tmp_path, 1, tree())
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))
+
+
+def test_threads_that_come_too_late_are_passed_over_and_other_errors_are_not(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+
+    class Unraisable:
+        exc_value = RuntimeError("Event loop is closed")
+
+    with pytest.raises(OSError, match="full"), checkpoint._orbax():
+        raise OSError("full")
+    sys.unraisablehook(Unraisable)
+    assert seen == []
+    Unraisable.exc_value = RuntimeError("another")
+    sys.unraisablehook(Unraisable)
+    assert seen == [Unraisable]
+    with checkpoint._orbax():
+        pass
+    sys.unraisablehook(Unraisable)
+    assert seen == [Unraisable] * 2
 
 
 # tensorstore's threads may end after orbax has given up

@@ -89,6 +89,6 @@ def test_a_failure_costs_one_cell_and_interruption_none(config, monkeypatch, cap
         ("kv:bf16", "RuntimeError: out of memory")
     ]
     assert "Traceback" in (config.parent / "trouble" / "log.txt").read_text()
-    assert "1 cells failed" in capsys.readouterr().err
+    assert "1 cell failed" in capsys.readouterr().err
     assert measured[:3] == ["kv:bf16", "k:int16", "k:int16"]
     assert "failed: RuntimeError" in (config.parent / "trouble" / "tables" / "schemes_small.csv").read_text()

@@ -219,6 +219,29 @@ def test_a_half_finished_run_has_a_report(tmp_path, count):
     assert ("Nothing is measured yet" in text) == (count == 0)
 
 
+def test_a_finished_run_leaves_nothing_of_its_half_finished_report(tmp_path):
+    """Three models have a table each, nine have one together; and no loss is left of a run without steps."""
+    steps = [{"model": "a", "step": step, "steps": 9, "loss": 1.0, "bits_per_byte": 2.0} for step in (1, 9)]
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "notes.txt").write_text("mine")
+    write_report(tmp_path, records(("a", "b", "c")), title="t", config={}, metrics=steps)
+    half = {path.name for part in ("tables", "plots") for path in (tmp_path / part).iterdir()}
+    assert {"schemes_a.md", "schemes_c.tex", "models.csv", "loss.png", "loss.svg", "error.png"} <= half
+    whole = records([f"m{number}" for number in range(9)])
+    write_report(
+        tmp_path,
+        whole,
+        title="t",
+        config={},
+        sweep={"cells": 1, "seconds": 30, "cells_per_minute": 2, "jobs": 2},
+    )
+    left = {path.name for part in ("tables", "plots") for path in (tmp_path / part).iterdir()}
+    assert left - half == {"cells.md", "cells.csv", "cells.tex"}
+    assert half - left == {name for name in half if name.startswith(("schemes", "models", "loss"))}
+    assert "notes.txt" in left
+    assert "1 cell in 30 s with 2 processes, 2 a minute</p>" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("draw", [plots.equivalence_plot, front.pareto_plot])
 def test_plot_labels_cover_neither_each_other_nor_a_mark(draw):
     crowd = [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import sweep_toy
 
-from experiments import run, settings
+from experiments import estimate, run, settings
 from experiments.settings import Unit
 
 ROOT = Path(__file__).parent.parent
@@ -141,12 +142,27 @@ def test_a_hostile_config_is_refused_before_anything_runs(config, capsys, monkey
         ("Train.seed = 1\nimport os", "control character"),
         ("# nothing", "expected one"),
         ("other/Train.steps = 60", "never used"),
+        ("Train.steps = 10", "warmup = 20 is longer than steps = 10"),
+        ("Model.width = 30", "width = 30 is not a multiple of heads = 4"),
+        ("default/Train.steps = 10", "default/Train: warmup = 20 is longer than steps = 10"),
+        ("Train.length = 64", "learned positions end at max_length = 32, training needs 64"),
+        ("Equivalence.generated = 32", "learned positions end at max_length = 32, the run needs 40"),
         ("Train.seed = @os.system()", "references are not allowed"),
     ],
 )
 def test_set_follows_the_same_rules(config, capsys, override, problem):
-    message = refused(capsys, config("Train.seed = 1"), "--set", override)
-    assert "--set" in message
+    text = """
+Train.seed = 1
+Train.warmup = 20
+Train.length = 32
+Model.position = 'learned'
+Model.max_length = 32
+Equivalence.length = 16
+Equivalence.prompt_length = 8
+Equivalence.generated = 8
+"""
+    message = refused(capsys, config(text), "--set", override)
+    assert message.startswith(f"error: --set {override!r}: ")
     assert problem in message
 
 
@@ -155,6 +171,17 @@ def test_set_wins_and_gives_the_run_of_its_values(config):
     overridden = run.load(config("Train.steps = 70"), ["Train.steps = 60", "Train.seed = 2"])
     assert overridden.run == plain.run
     assert run.load(config("Train.steps = 61\nTrain.seed = 2")).run != plain.run
+
+
+@pytest.mark.parametrize(
+    "binding", ["Train.log_every = 7", "Checkpoint.every = 3", "Tracking.project = 'mine'"]
+)
+def test_what_no_result_depends_on_is_no_part_of_the_run(config, binding):
+    path = config("Run.experiment = 'train'")
+    told = run.load(path, [binding])
+    assert told.run == run.load(path).run
+    assert run.canonical_json(told.resolved) != run.canonical_json(run.load(path).resolved)
+    assert run.load(path, ["Train.seed = 7"]).run != told.run
 
 
 def test_scopes_set_one_model_apart(config):
@@ -268,6 +295,41 @@ def test_what_cannot_be_built_is_refused_before_the_first(toy, config, capsys, m
     assert run.main([str(config("Run.experiment = 'toy'")), "--out", str(tmp_path / "out")]) == 2
     assert "error: unit2 cannot be built: shapes clash\n" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("Train.steps = 1000000000000000000000", "expected a finite number >= 0 and <= 2147483647"),
+        ("Train.batch = 2147483647", "a unit needs 256 TiB of memory, 16 GiB are here"),
+        ("Train.batch = 1000000", " years here: expected fewer steps, or smaller ones"),
+        ("Train.steps = 2147483647", ""),
+        ("Model.vocab = 2147483647", "of memory, 16 GiB are here"),
+        ("Model.width = 4294967296", "expected a finite number"),
+    ],
+)
+def test_absurd_sizes_are_refused_or_have_a_sane_estimate(config, capsys, monkeypatch, override, problem):
+    monkeypatch.setattr(estimate, "rate", lambda: 1e11)
+    monkeypatch.setattr(estimate, "memory", lambda: 2**34)
+    text = "Model.layers = 1\nTrain.steps = 500000\nEquivalence.schemes = ('kv:bf16',)"
+    if problem:
+        assert problem in refused(capsys, config(text), "--dry-run", "--set", override)
+    else:
+        assert run.main([str(config(text)), "--dry-run", "--set", override]) == 0
+        assert re.search(r"FLOP, at least 714 days at", capsys.readouterr().out)
+
+
+def test_times_and_sizes_are_said_in_units_that_suit_them():
+    assert [estimate.duration(seconds) for seconds in (59, 7000, 8000, 3e5, 6e7, 1e8)] == [
+        "under a minute",
+        "at least 117 min",
+        "at least 2 h",
+        "at least 3 days",
+        "at least 694 days",
+        "at least 3 years",
+    ]
+    sizes = [estimate.size(number) for number in (3 << 20, 9 << 30, 1 << 34, 1 << 60)]
+    assert sizes == ["3 MiB", "9,216 MiB", "16 GiB", "1,048,576 TiB"]
 
 
 @pytest.mark.parametrize(

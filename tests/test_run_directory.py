@@ -9,7 +9,7 @@ import pytest
 import sweep_toy
 
 from experiments import directory, run, settings
-from slimjax.records import read
+from slimjax.records import read, read_lines
 
 
 @pytest.fixture
@@ -153,6 +153,71 @@ def test_failed_cells_are_rows_and_the_exit_status(launch, toy, tmp_path, capsys
     log = (tmp_path / "out" / "log.txt").read_text()
     assert log.count("Traceback") == 2
     assert launch() == 1  # a finished run is as bad as it was
+
+
+def test_what_failed_is_measured_again_when_asked_and_says_so(launch, toy, tmp_path, capsys):
+    out = tmp_path / "out"
+    toy(**{"raise": {"RuntimeError": [1], "MemoryError": [2, 5], "NotImplementedError": [3], "Refused": [9]}})
+    assert launch() == 2
+    toy(**{"raise": {"MemoryError": [5]}})
+    assert launch("--retry") == 1  # half-finished
+    assert "3 cells that failed before are measured again" in capsys.readouterr().out
+    assert sweep_toy.seen(tmp_path) == [*ALL[:10], 1, 2, 5, 9, 10, 11]
+    assert [r.cell["batch"] for r in read(out / "records.jsonl")] == ALL
+    assert json.loads((out / "result.json").read_text())["retried"] == 3
+    toy()
+    assert launch() == 1  # not asked
+    assert launch("--retry") == 0  # finished
+    output = capsys.readouterr()
+    assert "1 cell that failed before is measured again" in output.out
+    assert "1 cell failed, see" in output.err
+    found = {record.cell["batch"]: record for record in read(out / "records.jsonl")}
+    assert {record.status for record in found.values()} == {"ok", "refused"}
+    before = [(row["status"], row["reason"]) for row in found[5].provenance["retried"]]
+    assert before == [("out-of-memory", "MemoryError: toy 5")] * 2
+    assert found[1].provenance["retried"][0]["reason"] == "RuntimeError: toy 1"
+    assert "retried" not in found[3].provenance
+    assert len(read_lines(out / "retried.jsonl")) == 4
+    assert json.loads((out / "result.json").read_text())["cells"]["failed"] == 0
+    assert launch("--retry") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["prepare", "measure"])
+def test_a_reader_that_leaves_costs_no_cell(launch, monkeypatch, tmp_path, capfd, place):
+    def closed(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_toy, "prepare", closed if place == "prepare" else lambda *_: closed)
+        assert launch() == 141
+    assert capfd.readouterr().err == "standard output was closed; the same command goes on from here\n"
+    assert read(tmp_path / "out" / "records.jsonl") == []
+    assert launch() == 0
+
+
+def test_to_retry_and_to_start_over_are_not_asked_together(launch, capsys):
+    with pytest.raises(SystemExit):
+        launch("--retry", "--no-resume")
+    assert "--no-resume starts over" in capsys.readouterr().err
+
+
+def test_results_of_another_text_are_not_reused(launch, tmp_path, monkeypatch, capsys):
+    digests = {"text corpus": "one"}
+    monkeypatch.setattr(sweep_toy, "check", lambda config: digests, raising=False)
+    assert launch() == 0
+    records = read(tmp_path / "out" / "records.jsonl")
+    assert [dict(record.provenance["inputs"]) for record in records] == [{"text corpus": "one"}] * 12
+    assert json.loads((tmp_path / "out" / "stamp.json").read_text())["inputs"] == {"text corpus": "one"}
+    digests["text corpus"] = "two"
+    assert launch() == 0
+    assert "(another text corpus made it; --reuse goes on with it)" in capsys.readouterr().out
+    assert sweep_toy.seen(tmp_path) == ALL * 2
+    digests["text corpus"] = "three"
+    assert launch("--reuse") == 0
+    assert sweep_toy.seen(tmp_path) == ALL * 2
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [other["inputs"] for other in result["reused"]] == [{"text corpus": "two"}]
 
 
 def test_a_unit_that_cannot_be_opened_is_a_row_for_each_of_its_cells(launch, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -13,6 +14,7 @@ from slimjax import checkpoint
 from slimjax.config import ModelConfig, TrainConfig
 from slimjax.data import Corpus
 from slimjax.numerics import cross_entropy
+from slimjax.optimizer import adamw, initial, numbers
 from slimjax.train import (
     conditioning_penalty,
     held_out,
@@ -112,9 +114,9 @@ def test_a_loss_that_is_not_finite_names_its_step_and_saves_nothing(corpus, monk
     compiled, saved, reported = slimjax.train._compiled_step, [], []
 
     def broken(*configs):
-        def step(state, tokens):
+        def step(state, tokens, given):
             index = int(state.step) + 1
-            state, loss = compiled(*configs)(state, tokens)
+            state, loss = compiled(*configs)(state, tokens, given)
             return state, loss * jnp.asarray(np.nan if index == bad else 1.0, loss.dtype)
 
         return step
@@ -161,7 +163,7 @@ def test_accumulation_is_the_same_mean(corpus):
     config = dataclasses.replace(TRAIN, steps=3, warmup=1)
     whole = train(MODEL, config, corpus)
     parts = train(MODEL, dataclasses.replace(config, accumulation=4), corpus)
-    moments, split = whole.opt_state[1][0].mu, parts.opt_state[1][0].mu
+    moments, split = whole.opt_state.mu, parts.opt_state.mu
     assert close(moments, split, atol=1e-6)
     assert max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(moments)) > 1e-3
 
@@ -177,7 +179,7 @@ def test_bfloat16_computes_and_float32_remembers(corpus):
 
 def test_clipping_bounds_the_gradient(corpus):
     config = dataclasses.replace(TRAIN, steps=2, warmup=1, clip=1e-3)
-    moments = train(MODEL, config, corpus, until=1).opt_state[1][0].mu
+    moments = train(MODEL, config, corpus, until=1).opt_state.mu
     norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(moments))))
     assert norm == pytest.approx(1e-3 * (1 - config.beta1), rel=1e-3)
 
@@ -204,6 +206,79 @@ def test_the_schedule():
     assert float(rate(55)) == pytest.approx(1.1)
     assert float(rate(100)) == pytest.approx(0.2)
     assert float(schedule(TrainConfig(steps=5, warmup=5, learning_rate=2.0))(5)) == pytest.approx(2.0)
+
+
+# What a config may differ in without being compiled anew.
+OTHERS = {
+    "learning_rate": 1e-3,
+    "beta1": 0.8,
+    "beta2": 0.99,
+    "weight_decay": 0.3,
+    "clip": 0.01,
+    "conditioning_penalty": 0.5,
+    "warmup": 1,
+    "steps": 9,
+    "final_fraction": 0.7,
+    "seed": 3,
+    "log_every": 3,
+}
+PENALISED = dataclasses.replace(TRAIN, conditioning_penalty=0.1)
+
+
+def test_configs_that_differ_in_numbers_share_one_program_and_none_is_forgotten(corpus):
+    slimjax.train._compiled_step.cache_clear()
+    base = train(MODEL, PENALISED, corpus, until=4)
+    for name, value in OTHERS.items():
+        model = dataclasses.replace(MODEL, key_init="orthogonal") if name == "beta1" else MODEL
+        state = train(model, dataclasses.replace(PENALISED, **{name: value}), corpus, until=4)
+        same = equal(state.params, base.params)
+        assert same == (name == "log_every"), name
+        assert (int(state.loss_count), int(base.loss_count)) == (1 if name == "log_every" else 2, 2)
+    assert slimjax.train._compiled_step.cache_info().misses == 1
+    assert slimjax.train.compiled_step(MODEL, PENALISED)._cache_size() == 1
+    train(MODEL, TRAIN, corpus, until=1)  # without a penalty it is another program
+    assert slimjax.train._compiled_step.cache_info().misses == 2
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_the_optimizer_is_that_of_optax(clip):
+    config = dataclasses.replace(TRAIN, clip=clip, weight_decay=0.2, beta1=0.8)
+    rates = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, 2, 6, 0.1 * config.learning_rate)
+    theirs = optax.chain(
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
+        optax.adamw(
+            rates,
+            b1=0.8,
+            b2=config.beta2,
+            weight_decay=0.2,
+            mask=lambda tree: {"kernel": True, "bias": False},
+        ),
+    )
+    random = np.random.default_rng(0)
+    ours = expected = {name: jnp.asarray(random.normal(size=5), jnp.float32) for name in ("kernel", "bias")}
+    moments, other = initial(ours), theirs.init(expected)
+    for index in range(6):
+        gradient = {name: jnp.asarray(random.normal(size=5), jnp.float32) for name in ours}
+        ours, moments = adamw(
+            numbers(config), gradient, moments, ours, step=jnp.asarray(index), clipped=clip is not None
+        )
+        with jax.numpy_dtype_promotion("standard"):
+            updates, other = theirs.update(gradient, other, expected)
+        expected = optax.apply_updates(expected, updates)
+        assert schedule(config)(index) == pytest.approx(float(np.asarray(rates(index))), rel=1e-6)
+        assert close(ours, expected, atol=1e-6)
+    assert not close(ours, initial(ours).mu, atol=0.1)
+
+
+def test_a_report_is_the_mean_of_its_steps_when_reports_come_more_often_after_a_restart(corpus):
+    losses, lines = {}, []
+    config = dataclasses.replace(TRAIN, log_every=4)
+    state = train(MODEL, config, corpus, until=3, on_loss=losses.__setitem__)
+    often = dataclasses.replace(config, log_every=2)
+    train(MODEL, often, corpus, state=state, on_loss=losses.__setitem__, on_step=lines.append)
+    assert [line["step"] for line in lines] == [4, 6]
+    assert lines[0]["loss"] == pytest.approx(np.mean([losses[step] for step in range(1, 5)]), rel=1e-6)
+    assert lines[1]["loss"] == pytest.approx((losses[5] + losses[6]) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(12, 3, 4), (12, 2, 3), (6, 3, 4)])

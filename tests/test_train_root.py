@@ -1,7 +1,9 @@
 """The root `train` in this process: its record, its refusals, and what a second run finds."""
 
+import errno
 import functools
 import json
+import os
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +37,9 @@ def breaking(monkeypatch):
     compiled = slimjax.train._compiled_step
 
     def broken(*configs):
-        def step(state, tokens):
+        def step(state, tokens, given):
             bad = int(state.step) + 1 == broken.step
-            state, loss = compiled(*configs)(state, tokens)
+            state, loss = compiled(*configs)(state, tokens, given)
             return state, loss * jnp.asarray(np.nan if bad else 1.0, loss.dtype)
 
         return step
@@ -106,6 +108,45 @@ def test_a_damaged_checkpoint_is_one_line_and_an_older_one_goes_on(
     assert [line.get("step") for line in small] == [1, 2, 3, 4, 5, 6, 4, 5, 6]
     assert [line.get("loss") for line in small[4:6]] == [line["loss"] for line in small[7:]]
     assert [line["step"] for line in progress.steps_once(small)] == [2, 4, 6]
+
+
+def test_a_reader_that_leaves_ends_the_run_in_one_true_line(launch, tmp_path, monkeypatch, capfd):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.train.show", closed)
+        assert launch() == 141
+    assert capfd.readouterr().err == "standard output was closed; the same command goes on from here\n"
+    assert read(tmp_path / "out" / "records.jsonl") == []
+    assert checkpoint.latest_step(tmp_path / "out" / "models" / "small") is None
+    assert launch() == 0
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_model_that_cannot_be_described_is_one_line(launch, tmp_path, monkeypatch, capsys, number):
+    def full(*_):
+        raise OSError(number, os.strerror(number), "model.json")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slimjax.pretrained.describe", full)
+        assert launch() == 2
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert f"{os.strerror(number)}: 'model.json'; that mended, the same command goes on from step 0" in errors
+    assert read(tmp_path / "out" / "records.jsonl") == []
+
+
+def test_how_it_is_followed_and_saved_is_no_other_run(launch, breaking, tmp_path):
+    breaking.step = 5
+    often = ("--set", "Train.log_every = 1", "--set", "Checkpoint.every = 1")
+    breaking.step = 4
+    assert launch("--set", "Train.log_every = 3", "--set", "Checkpoint.keep = 1") == 1
+    breaking.step = None
+    assert launch(*often, "--retry") == 0
+    lines = [line for line in read_lines(tmp_path / "out" / "metrics.jsonl") if line["model"] == "small"]
+    assert [line.get("step") for line in lines] == [1, 2, 3, 2, 3, 4, 5, 6]
+    assert "Train.log_every = 1" in (tmp_path / "out" / "config.gin").read_text()
 
 
 def test_what_cannot_be_trained_is_refused_before_it_starts(launch, tmp_path, monkeypatch, capsys):

@@ -6,18 +6,19 @@ these caches exact?), `generic` (any other experiment) and `compare` (two runs);
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from slimjax.records import Record
-from slimjax.report import compare, front, generic, paper, plots, samples, tables
+from slimjax.report import compare, front, generic, paper, plots, samples, slim, slim_plots, tables
 from slimjax.report.equivalence import equivalence_table, models_table
 from slimjax.report.findings import findings as _findings
 from slimjax.report.html import Part, html
-from slimjax.report.runs import Run, all_records, joined, load
+from slimjax.report.runs import Run, all_records, joined, load, pace
 
 __all__ = [
     "facts",
@@ -39,7 +40,9 @@ TITLES = {
     "ablate": "Ablation",
     "decode_bench": "How long does a decoded token take?",
     "train_bench": "How long does a training step take?",
+    "slim_error": "Where slim attention's error comes from",
 }
+SLIM = "slim_error"  # has tables, plots and sentences of its own
 MOST = 8  # models with a table each; beyond, one table of all cells is easier to read
 
 
@@ -53,8 +56,8 @@ def findings(records: Sequence[Record]) -> list[str]:
     """Plain sentences, experiment by experiment."""
     return [
         sentence
-        for here in generic.experiments(records).values()
-        for sentence in _findings(samples.qualified(here))
+        for name, here in generic.experiments(records).items()
+        for sentence in (slim.slim_findings(here) if name == SLIM else _findings(samples.qualified(here)))
     ]
 
 
@@ -70,6 +73,9 @@ def report_tables(records: Sequence[Record]) -> dict[str, tables.Table]:
         suffix = f"_{experiment}" if len(groups) > 1 else ""
         if experiment == "paper":
             made |= {f"{name}{suffix}": table for name, table in paper.paper_tables(found).items()}
+            continue
+        if experiment == SLIM:
+            made |= {_slug(f"{name}{suffix}"): table for name, table in slim.slim_tables(found).items()}
             continue
         here = samples.qualified(found) if generic.is_equivalence(found) else found
         models = samples.distinct(here, "model")
@@ -129,12 +135,14 @@ def write_report(
     metrics: Sequence[Mapping[str, Any]] = (),
     planned: Sequence[Mapping[str, Any]] = (),
     remarks: Sequence[str] = (),
+    sweep: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Write report.html, tables/ (md, csv, tex) and plots/ (png, svg) into `folder`; returns report.html's path.
 
     config: the resolved JSON of the run; metrics: the lines of metrics.jsonl; planned: all cells of the run, where
-    known; remarks: sentences to follow the findings. Works on the records of a half-finished run: what is missing
-    is shown as missing.
+    known; remarks: sentences to follow the findings; sweep: how fast the cells were measured, as in result.json.
+    Works on the records of a half-finished run: what is missing is shown as missing. Tables and plots of an earlier
+    report that this one does not have are deleted.
     """
     everything = samples.with_planned(records, planned) if planned else list(records)
     made = report_tables(everything)
@@ -142,13 +150,13 @@ def write_report(
     sentences = findings(everything)
     page = html(
         title=title,
-        facts=facts(everything),
+        facts=" · ".join(filter(None, (facts(everything), pace(sweep)))),
         findings=[*sentences, *remarks],
         parts=_in_order(list(made.values()), drawn),
         config=json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) if config else "",
         records=records,
     )
-    return _write(folder, made, page)
+    return _write(folder, made, page, plots=drawn)
 
 
 def write_joined(folder: Path, runs: Sequence[Run], *, title: str = "") -> Path:
@@ -166,6 +174,7 @@ def write_joined(folder: Path, runs: Sequence[Run], *, title: str = "") -> Path:
         metrics=whole.metrics,
         planned=whole.planned,
         remarks=[sentence for run in runs[1:] for sentence in _apart(runs[0], run)],
+        sweep=whole.sweep,
     )
 
 
@@ -209,6 +218,7 @@ def _figures(
             "Pareto front: dim caches are beaten, by one as small and as close to exact attention or better.",
             best,
         )
+    found |= slim_plots.slim_plots(samples.select(records, experiment=SLIM))
     if any("step" in line and ("loss" in line or "bits_per_byte" in line) for line in metrics):
         found["loss"] = ("Training loss.", plots.loss_plot(metrics))
     return found
@@ -224,19 +234,29 @@ def _draw(folder: Path, figures: Mapping[str, tuple[str, Figure]]) -> dict[str, 
     return drawn
 
 
-def _write(folder: Path, made: Mapping[str, tables.Table], page: str) -> Path:
+def _write(
+    folder: Path, made: Mapping[str, tables.Table], page: str, plots: Collection[str] = frozenset()
+) -> Path:
+    """The page and its tables; what an earlier report had besides goes, or it would outlive its numbers."""
     (folder / "tables").mkdir(parents=True, exist_ok=True)
     for name, table in made.items():
         for suffix, form in (("md", tables.markdown), ("csv", tables.csv), ("tex", tables.latex)):
             (folder / "tables" / f"{name}.{suffix}").write_text(form(table), encoding="utf-8")
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
+    for part, names, endings in (
+        ("tables", made, (".md", ".csv", ".tex")),
+        ("plots", plots, (".png", ".svg")),
+    ):
+        for old in (folder / part).glob("*"):
+            if old.suffix in endings and old.stem not in names:
+                old.unlink()
     return path
 
 
 def _in_order(made: Sequence[tables.Table], drawn: Mapping[str, Part]) -> list[Part]:
     """The main model's table, its plots, the models side by side, then the other models."""
-    about = [drawn[name] for name in ("error", "pareto") if name in drawn]
+    about = [part for name, part in drawn.items() if name != "loss"]
     loss = [drawn["loss"]] if "loss" in drawn else []
     shown = [table for table in made if table.rows]
     if not shown:

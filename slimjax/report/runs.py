@@ -12,7 +12,10 @@ from slimjax.report.samples import join, with_planned
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left behind. planned: its cells, where known; config, metrics, stamp: empty where not kept."""
+    """What a run left behind.
+
+    planned: its cells, where known; sweep: how fast they were measured; config, metrics, stamp: empty where not kept.
+    """
 
     name: str
     records: Sequence[Record]
@@ -20,6 +23,7 @@ class Run:
     config: Mapping[str, Any] = field(default_factory=dict)
     planned: Sequence[Mapping[str, Any]] = ()
     stamp: Mapping[str, Any] = field(default_factory=dict)
+    sweep: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load(path: Path) -> Run:
@@ -44,6 +48,7 @@ def load(path: Path) -> Run:
         config=plan.get("config", plan),
         planned=read_lines(folder / "cells.jsonl"),
         stamp=_json(folder / "stamp.json"),
+        sweep=_json(folder / "result.json").get("sweep", {}),
     )
 
 
@@ -54,6 +59,15 @@ def _json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+
+
+def pace(sweep: Mapping[str, Any]) -> str:
+    """How fast the cells of a run were measured, `sweep` of its result.json; empty where that is not known."""
+    if not sweep:
+        return ""
+    cells = f"{sweep['cells']} cell{'' if sweep['cells'] == 1 else 's'}"
+    jobs = f" with {sweep['jobs']} processes" if sweep["jobs"] > 1 else ""
+    return f"{cells} in {sweep['seconds']:.0f} s{jobs}, {sweep['cells_per_minute']:.3g} a minute"
 
 
 def joined(runs: Sequence[Run]) -> Run:

@@ -10,7 +10,8 @@ from slimjax.config import ModelConfig, TrainConfig
 from slimjax.generate import generate
 from slimjax.models.decoder import DecoderLM, convert_model
 from slimjax.numerics import relative_l2
-from slimjax.train import initial_state, schedule, train_step
+from slimjax.optimizer import numbers, schedule
+from slimjax.train import initial_state, train_step
 
 torch = need("torch")
 
@@ -44,10 +45,10 @@ def test_training_takes_the_same_steps(name):
     config, training = MODELS[name], TrainConfig(steps=20, warmup=2, batch=2, length=8, learning_rate=1e-2)
     batches = np.random.default_rng(0).integers(0, 50, (6, 2, 9)).astype(np.int32)
     state, step = initial_state(config, training), train_step(config, training)
-    rates = schedule(training)
-    theirs = Peer(config, state.params, train=True).training_step(training, lambda i: float(rates(i)))
+    given = numbers(training)
+    theirs = Peer(config, state.params, train=True).training_step(training, schedule(training))
     for batch in batches:
-        state, loss = step(state, jnp.asarray(batch))
+        state, loss = step(state, jnp.asarray(batch), given)
         assert theirs(batch) == pytest.approx(float(loss), rel=2e-5)
 
 
