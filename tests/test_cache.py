@@ -171,3 +171,14 @@ def test_slots_past_the_length_are_never_read(variant, name):
     np.testing.assert_array_equal(clean[2], np.zeros_like(clean[2]))  # an empty sequence weighs nothing
     rebuilt = read(poisoned, codec(name), jnp.float32)
     assert all(np.isfinite(array).all() for array in rebuilt.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["int16", "int8", "int4", "fp8", "nvfp4", "hadamard_int4", "kivi", "flashq", "xquant"]
+)
+def test_a_nan_is_seen_in_a_large_array_too(name):
+    """XLA's maximum on CPU loses NaN from 4,096 values on; a scale must not."""
+    x = rows((1, 128, 1, 64))
+    x[0, 70, 0, 5] = np.nan
+    made = codec(name)
+    assert np.isnan(np.asarray(made.decode(made.encode(jnp.asarray(x))))[0, 70, 0]).any()

@@ -5,18 +5,16 @@ import json
 import math
 
 import pytest
+import tiny_cli
 
-from experiments import paper as experiment
-from slimjax import cli, records
+from slimjax import cli
 from slimjax.attention.layer import init_cache
 from slimjax.attention.positions import Position
-from slimjax.config import ConfigError
 from slimjax.cost import hf, model, paper, workload
 from slimjax.cost.architectures import ARCHITECTURES, Architecture, architecture
 from slimjax.cost.chips import Chip, chip
 from slimjax.cost.workload import Workload, schemes_for
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.report import report_tables, tables
 from slimjax.scheme import parse_scheme
 
 TOY = Architecture(
@@ -255,6 +253,34 @@ def test_other_families():
     assert workload.other_weights(t5) == workload.other_weights(big)
 
 
+@pytest.mark.parametrize("kind", ["whisper", "decoder"])
+def test_models_as_every_command_takes_them(kind, tmp_path, capsys):
+    """Trained ones, and what `slimjax convert` made of them: one architecture; no weights are read."""
+    source, out = tmp_path / kind, tmp_path / "out"
+    (tiny_cli.write_whisper if kind == "whisper" else tiny_cli.write_decoder)(source)
+    plan = str(tmp_path / "plan.json")
+    assert cli.main(["plan", str(source), "--max-error", "1", "--schemes", "k:int16+4", "-o", plan]) == 0
+    assert cli.main(["convert", str(source), "--plan", plan, "-o", str(out)]) == 0
+    for tensors in out.glob("*.safetensors"):
+        tensors.unlink()
+    found = [dataclasses.replace(hf.find(str(place)), name="") for place in (source, out)]
+    assert found[0] == found[1]
+    assert (found[0].width, found[0].heads, found[0].layers, found[0].kv_heads) == (16, 2, 2, 2)
+    assert found[0].encoder_decoder == (kind == "whisper")
+    capsys.readouterr()
+    reports = [
+        tiny_cli.succeed(capsys, "cost", place, "--context", "64", "--json") for place in (source, out)
+    ]
+    assert reports[0]["schemes"] == reports[1]["schemes"]
+
+
+def test_a_converted_model_that_is_damaged_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "slimjax", "slimjax": {}}))
+    assert "expected a section 'slimjax'" in tiny_cli.refuse(capsys, "cost", tmp_path)
+    (tmp_path / "config.json").unlink()
+    assert "no model there" in tiny_cli.refuse(capsys, "cost", tmp_path)
+
+
 BROKEN = [
     ("{", "not JSON"),
     ("[]", "not a JSON object"),
@@ -326,59 +352,6 @@ def test_an_encoder_decoder_has_two_caches(capsys):
     assert rows["k:int16+16,k:int16+16"]["compression"] > 1.85
     assert command("whisper-tiny") == 0
     assert "the shared cache stays on the chip" in capsys.readouterr().out
-
-
-def config(**fields: object) -> experiment.Paper:
-    return experiment.resolve(lambda section: experiment.PaperConfig(**fields))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("table", ["1", "2", "3", "4-5", "6", "7", "8-9", "10"])
-def test_each_table_makes_records_and_tables(table):
-    chosen = {
-        "2": ("CodeLlama-7B",), "3": ("CodeLlama-7B",), "6": ("Whisper-tiny",), "7": ("Whisper-tiny",),
-        "8-9": ("MPT-30B",),
-    }  # fmt: skip
-    run = config(
-        table=table, models=chosen.get(table, ()), schemes=("k:int16+16", "x:bf16"),
-        encoder_schemes=("e:bf16,k:int16",), chips=("H200", "A18"), context=448,
-    )  # fmt: skip
-    units = experiment.units(run)
-    found = []
-    for unit in units:
-        measure = experiment.prepare(unit, run, None)  # type: ignore[arg-type]
-        assert experiment.forecast(unit, run).bytes == 0
-        for cell in unit.cells:
-            try:
-                found.append(records.Record(cell, measure(cell)))
-            except NotImplementedError as error:
-                found.append(records.Record(cell, status="refused", reason=str(error)))
-    made = report_tables(found)
-    slug = "table_" + table.replace("-", "_")
-    assert list(made) == [slug, f"{slug}_schemes"]
-    assert len(made[slug].rows) == len(units[0].cells)
-    assert len(made[f"{slug}_schemes"].rows) == sum(len(unit.cells) for unit in units[1:]) / 3
-    for each in made.values():
-        assert tables.markdown(each).startswith("| ")
-        assert tables.csv(each).count("\n") == len(each.rows) + 1
-        assert tables.latex(each).startswith(r"\begin{tabular}")
-    titles = [column.title for column in made[f"{slug}_schemes"].columns]
-    assert titles[-2:] == ["speed-up, H200", "speed-up, A18"]
-    gained = [row[-2] for row in made[f"{slug}_schemes"].rows]
-    assert any(isinstance(gain, float) for gain in gained)
-
-
-def test_the_experiment_refuses_names_it_does_not_know():
-    for fields, problem in (
-        ({"table": "1", "models": ("Lama",)}, "unknown model"),
-        ({"table": "1", "chips": ("H20",)}, "did you mean 'H200'"),
-        ({"table": "1", "schemes": ("k:in16",)}, "did you mean 'int16'"),
-        ({"table": "2"}, "names no models"),
-        ({"table": "11"}, "expected one of"),
-        ({"batches": ()}, "at least one"),
-        ({"chips": ("H200", "H200")}, "distinct"),
-    ):
-        with pytest.raises(ConfigError, match=problem):
-            config(**fields)
 
 
 def test_scheme_rows_are_in_bytes_and_count_solved_weights():

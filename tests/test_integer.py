@@ -229,7 +229,8 @@ def test_a_step_multiplies_integers_and_makes_no_floats_of_the_cache(codec):
 @pytest.mark.parametrize(
     "scheme",
     ["kv:flashq4", "kv:flashq4#float", "kv:kivi2", "kv:gear_l2", "kv:turboquant4", "kv:hadamard_int4", "kv:nvfp4",
-     "kv:int4", "kv:fp8", "kv:bf16", "kv:bf16#sage", "k:flashq4", "k:int16+8", "x1:xquant4", "x:xquant4", "kr:kivi4", "v1:int8"],
+     "kv:int4", "kv:fp8", "kv:bf16", "kv:bf16#sage", "k:flashq4", "k:int16+8", "x1:xquant4", "x:xquant4",
+     "kr:kivi4", "v1:int8"],
 )  # fmt: skip
 def test_a_step_never_decodes_the_whole_cache(scheme):
     """Peak of a compiled step's temporaries: some blocks and the scores, at a capacity of many blocks."""

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from slimjax import DecodeSpec, Projections, convert, parse_scheme
+from slimjax.attention.pair import split_bf16
 from slimjax.solve.augment import Solution, augmented, exact_solution, lost_directions
 from slimjax.solve.calibrate import Calibration, Collector, collect
 from slimjax.solve.fit import fit, rounding_noise, value_error
 from slimjax.solve.noise import lmmse_maps, residual, worst_values
-from slimjax.solve.products import PRODUCTS, split_bf16
+from slimjax.solve.products import PRODUCTS
 
 WIDTH = 32
 

@@ -1,12 +1,13 @@
 """Attention caches: the cache pytree (``cache.py``) and how its rows are stored (``codecs/``)."""
 
 from slimjax.cache.cache import Cache, Streams, append, empty, read, role_of, row_bytes
-from slimjax.cache.codecs import CODECS, Codec, TiledCodec, codec, codec_of
+from slimjax.cache.codecs import CODECS, Codec, Role, TiledCodec, codec, codec_of
 
 __all__ = [
     "CODECS",
     "Cache",
     "Codec",
+    "Role",
     "Streams",
     "TiledCodec",
     "append",

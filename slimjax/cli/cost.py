@@ -1,6 +1,7 @@
 """What each cache needs at a workload of yours: bytes, reads, time, what fits. From formulas; no weights are read.
 
-MODEL is a published architecture (`slimjax.cost.architectures`), a Hugging Face directory or its config.json.
+MODEL is a published architecture (`slimjax.cost.architectures`), a model on disk as every command takes it, or a
+config.json of Hugging Face.
 Times are lower bounds: bytes over bandwidth or operations over peak, whichever takes longer.
 """
 
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", metavar="MODEL", help="architecture name, model directory or config.json")
+    parser.add_argument("model", metavar="MODEL", help="architecture name, model on disk or config.json")
     parser.add_argument(
         "--batch", type=int, default=1, metavar="B", help="sequences decoded together (default: 1)"
     )

@@ -1,4 +1,4 @@
-"""Dimensions of a model on disk: the `config.json` of a Hugging Face directory, or the one slimjax writes."""
+"""Dimensions of a model on disk: from the `config.json` of a Hugging Face directory, or as slimjax reads it."""
 
 import dataclasses
 import json
@@ -158,18 +158,46 @@ def _own(fields: Fields, source: str) -> Architecture:
     from slimjax.config import ModelConfig
 
     known = {field.name for field in dataclasses.fields(ModelConfig)}
-    config = ModelConfig(**{name: value for name, value in fields.items() if name in known})
+    return _sized(ModelConfig(**{name: value for name, value in fields.items() if name in known}), source)
+
+
+def _sized(sizes: Any, source: str) -> Architecture:
+    """From a `ModelConfig` or a `WhisperConfig`."""
+    from slimjax.config import ModelConfig
+
+    if isinstance(sizes, ModelConfig):
+        return Architecture(
+            name=source, width=sizes.width, heads=sizes.heads, kv_heads=sizes.K, head_dim=sizes.H,
+            layers=sizes.layers, position=sizes.position, context=sizes.max_length, mlp_width=sizes.F,
+            mlp_matrices=3 if sizes.mlp == "swiglu" else 2, vocab=sizes.vocab,
+        )  # fmt: skip
     return Architecture(
-        name=source, width=config.width, heads=config.heads, kv_heads=config.K, head_dim=config.H,
-        layers=config.layers, position=config.position, context=config.max_length, mlp_width=config.F,
-        mlp_matrices=3 if config.mlp == "swiglu" else 2, vocab=config.vocab,
+        name=source, width=sizes.width, heads=sizes.heads, kv_heads=sizes.heads,
+        head_dim=sizes.width // sizes.heads, layers=sizes.decoder_layers, position="learned",
+        context=sizes.text_positions, encoder_tokens=sizes.audio_positions, mlp_width=sizes.mlp_width,
+        mlp_matrices=2, vocab=sizes.vocab,
     )  # fmt: skip
 
 
-def find(model: str) -> Architecture:
-    """A published architecture by name, or the one of a directory with a config.json, or of such a file.
+def _opened(path: Path) -> Architecture:
+    """Of any model that `slimjax.models.opened` reads; no weights are read. Raises OSError or ValueError."""
+    from slimjax.config import ModelConfig
+    from slimjax.models.load.converted import is_converted, read_section
+    from slimjax.models.opened import open_model
+    from slimjax.models.whisper import WhisperConfig
 
-    Raises ValueError, in one line, where it is neither or cannot be read.
+    if is_converted(path):
+        section = read_section(path)
+        return _sized(section.made(ModelConfig if section.kind == "decoder" else WhisperConfig), str(path))
+    return _sized(open_model(path).sizes, str(path))
+
+
+def find(model: str) -> Architecture:
+    """A published architecture by name, or that of a model on disk, a config.json alone included.
+
+    Raises:
+        ValueError: in one line, where it is neither or cannot be read.
+        OSError: a file of the model is missing.
     """
     path = Path(model)
     if not path.exists():
@@ -177,10 +205,14 @@ def find(model: str) -> Architecture:
             raise ValueError(f"{model}: no such file or directory")
         return architecture(model)
     file = path / "config.json" if path.is_dir() else path
+    if path.suffix == ".gguf" or (path.is_dir() and not file.exists()):
+        return _opened(path)
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file}: {getattr(error, 'strerror', None) or 'not JSON'}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{file}: not a JSON object")
+    if path.is_dir() and (fields.get("model_type") == "slimjax" or (path / "model.bin").exists()):
+        return _opened(path)
     return from_config(fields, str(path))

@@ -9,8 +9,9 @@ use it.
 """
 
 import dataclasses
+import math
 
-from slimjax.cache.codecs import codec_of
+from slimjax.cache import codec_of, row_bytes
 from slimjax.cost.architectures import Architecture
 from slimjax.scheme import Scheme
 
@@ -61,6 +62,8 @@ def refusal(a: Architecture, scheme: Scheme, *, cross: bool = False) -> str | No
         more = "" if basis in ("v", "h") else f", or at least {d - e} extra coordinates"
         row = f"E + R = {e + scheme.extra}"
         return f"rows of width {row} do not determine inputs of width D = {d}: use kv or x{more}"
+    if reason := codec_of(scheme).refusal(basis):
+        return reason
     try:
         cache_bytes(a, scheme)
     except (ValueError, NotImplementedError) as error:
@@ -91,7 +94,7 @@ def cache_bytes(a: Architecture, scheme: Scheme, *, batch: int = 1, tokens: int 
     Raises ValueError where the codec cannot store rows of this shape.
     """
     codec = codec_of(scheme)
-    return sum(codec.nbytes((batch, tokens, *shape)) for shape in streams(a, scheme).values())
+    return math.ceil(batch * tokens * row_bytes(streams(a, scheme), codec))
 
 
 def weights(a: Architecture, scheme: Scheme, *, cross: bool = False) -> Weights:

@@ -9,22 +9,28 @@ from slimjax.solve.linear import solve_map
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Solution:
-    """What basis k needs of a layer: V = [X W_K, X extra] weight. float64, on the host.
+    """What basis k needs of a layer: V = [X W_K / scale, X extra] weight. float64, on the host.
 
     Attributes:
         weight: [E+R, E].
         extra: [D, R], or None where R = 0.
         how: the way it was found, in words.
+        scale: [E], what each channel of the keys is divided by before it is stored (``solve.scales``); None: 1.
     """
 
     weight: np.ndarray
     extra: np.ndarray | None = None
     how: str = "exact"
+    scale: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
         """R."""
         return 0 if self.extra is None else self.extra.shape[1]
+
+    def cached(self, source: np.ndarray) -> np.ndarray:
+        """What rows of the cache are, of inputs: [W_K / scale, extra], [D, E+R], from W_K."""
+        return augmented(source if self.scale is None else source / self.scale, self.extra)
 
 
 def augmented(source: np.ndarray, extra: np.ndarray | None) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,15 @@ import numpy as np
 
 from slimjax.attention.bases import basis
 from slimjax.attention.layer import CachedAttention
+from slimjax.attention.pair import Pair
 from slimjax.attention.projections import DecodeWeights, Projections
-from slimjax.cache import Codec, codec_of
+from slimjax.cache import Codec, Role, codec_of
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import relative_l2
 from slimjax.solve.augment import Solution, augmented, exact_solution
 from slimjax.solve.fold import fold_value_bias, key_bias_matters
 from slimjax.solve.linear import condition_number, noise_gain
+from slimjax.solve.scales import fixed, needs_scale, rescaled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ def convert(
     layer: str = "layer",
     solution: Solution | None = None,
     first: Projections | None = None,
+    pair: bool = False,
 ) -> Converted:
     """Solve for what the scheme's basis needs, in float64 on the host, and fold the value bias away.
 
@@ -58,8 +62,10 @@ def convert(
         spec: the scheme and the layer's geometry.
         layer: the layer's name, for messages.
         solution: for bases k and kr, a map found elsewhere (from calibration data); None: the exact one,
-            with the scheme's extra coordinates in the directions that W_K sees least.
+            with the scheme's extra coordinates in the directions that W_K sees least. With static scales per
+            channel the layer's queries and keys are rescaled, which changes no score.
         first: for basis h, the projections of the layer that fills the cache; None: this one.
+        pair: keep the map of bases k and kr as two bfloat16 arrays (``attention.pair``) in place of float32.
 
     Returns:
         The converted layer. W_KV or W_VK is float32 (float64 under a float64 spec), whatever the weights.
@@ -67,15 +73,23 @@ def convert(
     Raises:
         NotImplementedError: the scheme cannot serve this layer, singular W_K included; the message names
             the layer, the reason and what to use instead.
-        ValueError: weights that are not finite, or do not have the spec's shapes; a solution of another R.
+        ValueError: weights that are not finite, or do not have the spec's shapes; a solution of another R; a pair
+            where there is no map or float64 is asked for.
     """
     _check(projections, spec, layer)
+    if pair and (spec.scheme.basis not in ("k", "kr") or spec.dtype == "float64"):
+        raise ValueError(
+            f"{layer}: a map in two bfloat16 parts is for bases k and kr below float64, not {spec}"
+        )
     try:
         basis(spec)
     except NotImplementedError as refusal:
         raise NotImplementedError(f"{layer}: {refusal}") from None
+    needs_scale(spec, solution, layer)
+    if solution is not None and solution.scale is not None:
+        projections = rescaled(projections, solution.scale, spec)
     folded = fold_value_bias(projections, spec.accumulation)
-    fields: dict[str, jax.Array | None] = {}
+    fields: dict[str, Any] = {}
     figures = Figures()
     name = spec.scheme.basis
     wk, wv = _flat(projections.wk), _flat(projections.wv)
@@ -83,7 +97,8 @@ def convert(
         found = solution or _exact(wk, wv, spec, layer)
         if found.rank != spec.scheme.extra:
             raise ValueError(f"{layer}: a solution with R = {found.rank} for scheme {spec.scheme}")
-        fields |= {"w_kv": _heads(found.weight, spec), "extra": _device(found.extra, spec)}
+        weight = _heads(found.weight, spec)
+        fields |= {"w_kv": Pair.of(weight) if pair else weight, "extra": _device(found.extra, spec)}
         figures = _figures(wk, wv, found, spec)
     elif name == "v":
         found = _exact(wv, wk, spec, layer)
@@ -163,7 +178,8 @@ def _figures(source: np.ndarray, target: np.ndarray, found: Solution, spec: Deco
     return Figures(
         condition_number=condition_number(whole),
         noise_gain=noise_gain(whole, found.weight, target),
-        predicted_error=_predict(whole, found, target, spec),
+        # Static scales fit the inputs they were calibrated on; white ones they would clip.
+        predicted_error=None if fixed(spec) else _predict(whole, found, target, spec),
     )
 
 
@@ -183,12 +199,12 @@ def stored(rows: np.ndarray, spec: DecodeSpec) -> np.ndarray:
     return np.concatenate([keys, through_codec(rows[:, split:], spec, 1)], axis=1)
 
 
-def through_codec(rows: np.ndarray, spec: DecodeSpec, heads: int) -> np.ndarray:
+def through_codec(rows: np.ndarray, spec: DecodeSpec, heads: int, role: Role = "k") -> np.ndarray:
     """Rows [S, heads*.] of one stream, encoded and decoded; float64."""
     shaped = jnp.asarray(rows.astype(spec.accumulation)).reshape(1, len(rows), heads, -1)
-    return np.asarray(_round_trip(shaped, codec_of(spec.scheme))).astype(np.float64).reshape(rows.shape)
+    return np.asarray(_round_trip(shaped, codec_of(spec.scheme), role)).astype(np.float64).reshape(rows.shape)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _round_trip(rows: jax.Array, codec: Codec) -> jax.Array:
-    return codec.decode(codec.encode(rows))
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _round_trip(rows: jax.Array, codec: Codec, role: Role) -> jax.Array:
+    return codec.decode(codec.encode(rows, role))

@@ -12,6 +12,7 @@ from slimjax.solve.calibrate import Calibration
 from slimjax.solve.convert import stored
 from slimjax.solve.noise import lmmse_maps, worst_values
 from slimjax.solve.products import PRODUCTS
+from slimjax.solve.scales import channel_scales, fixed, key_scales
 
 RIDGES = (1e-4, 1e-2, 1.0)
 
@@ -45,9 +46,16 @@ def value_error(
     ``product``: a name of ``solve.products``, for what other arithmetic would make of it.
     """
     inputs = np.asarray(rows, np.float64)
-    decoded = jnp.asarray(stored(inputs @ augmented(wk, solution.extra), spec).astype(spec.accumulation))
+    decoded = jnp.asarray(stored(inputs @ solution.cached(wk), spec).astype(spec.accumulation))
     weight = jnp.asarray(solution.weight.astype(spec.accumulation))
     return relative_l2(PRODUCTS[product](decoded, weight), inputs @ wv)
+
+
+def key_error(rows: np.ndarray, wk: np.ndarray, solution: Solution, spec: DecodeSpec) -> float:
+    """Relative L2 error of the keys themselves for inputs ``rows`` [n, D], as they are read back."""
+    inputs, width = np.asarray(rows, np.float64), spec.key_width
+    read = stored(inputs @ solution.cached(wk), spec)[:, :width]
+    return relative_l2(read if solution.scale is None else read * solution.scale, inputs @ wk)
 
 
 def rounding_noise(
@@ -67,18 +75,24 @@ def fit(wk: np.ndarray, wv: np.ndarray, spec: DecodeSpec, calibration: Calibrati
 
     Args:
         wk, wv: float64 [D, E].
-        spec: its scheme is of basis k or kr.
+        spec: its scheme is of basis k or kr. Under a codec without scales the map is of scaled keys.
         calibration: the layer's inputs.
+
+    Raises:
+        NotImplementedError: a codec without scales under basis kr.
     """
-    rank = spec.scheme.extra
-    free = lost_directions(wk, rank) if rank else None
-    exact = Solution(weight=_inverse(augmented(wk, free), wv), extra=free, how="exact")
+    codec = fixed(spec)
+    scale = None if codec is None else key_scales(np.asarray(calibration.fit, np.float64) @ wk, spec, codec)
+    source = wk if scale is None else wk / scale
+    coordinates = _coordinates(source, wv, spec, calibration)
+    free = coordinates[0][0]
+    exact = Solution(weight=_inverse(augmented(source, free), wv), extra=free, scale=scale)
     candidates = [exact]
-    for extra, name in _coordinates(wk, wv, spec, calibration, free):
-        noise = rounding_noise(calibration.fit, wk, extra, spec)
-        maps = lmmse_maps(augmented(wk, extra), wv, calibration.second, noise, RIDGES)
+    for extra, name in coordinates:
+        noise = rounding_noise(calibration.fit, source, extra, spec)
+        maps = lmmse_maps(augmented(source, extra), wv, calibration.second, noise, RIDGES)
         candidates += [
-            Solution(weight=weight, extra=extra, how=f"noise-aware, {name}, ridge {ridge:.0e}")
+            Solution(weight=weight, extra=extra, how=f"noise-aware, {name}, ridge {ridge:.0e}", scale=scale)
             for weight, ridge in zip(maps, RIDGES, strict=True)
         ]
     errors = [value_error(calibration.choose, wk, wv, each, spec) for each in candidates]
@@ -97,12 +111,19 @@ def _inverse(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _coordinates(
-    wk: np.ndarray, wv: np.ndarray, spec: DecodeSpec, calibration: Calibration, free: np.ndarray | None
+    wk: np.ndarray, wv: np.ndarray, spec: DecodeSpec, calibration: Calibration
 ) -> list[tuple[np.ndarray | None, str]]:
-    """The candidates for U and what to call them."""
-    if free is None:
+    """The candidates for U and what to call them, the calibration-free one first."""
+    rank, codec = spec.scheme.extra, fixed(spec)
+    if not rank:
         return [(None, "keys alone")]
     plain = dataclasses.replace(spec, scheme=dataclasses.replace(spec.scheme, extra=0))
     noise = rounding_noise(calibration.fit, wk, None, plain)
-    calibrated = worst_values(wk, wv, calibration.second, noise, spec.scheme.extra)
-    return [(free, "lost directions of W_K"), (calibrated, "worst directions of V")]
+    found = {
+        "lost directions of W_K": lost_directions(wk, rank),
+        "worst directions of V": worst_values(wk, wv, calibration.second, noise, rank),
+    }
+    if codec is not None:
+        rows = np.asarray(calibration.fit, np.float64)
+        found = {name: extra / channel_scales(rows @ extra, codec) for name, extra in found.items()}
+    return [(extra, name) for name, extra in found.items()]

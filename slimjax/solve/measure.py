@@ -3,15 +3,16 @@
 import numpy as np
 
 from slimjax.attention.bases import basis
-from slimjax.cache import codec_of
+from slimjax.cache import codec_of, row_bytes
 from slimjax.numerics import relative_l2
 from slimjax.scheme import Scheme
-from slimjax.solve.augment import Solution, augmented, exact_solution
+from slimjax.solve.augment import Solution, exact_solution
 from slimjax.solve.calibrate import Calibration
-from slimjax.solve.convert import stored, through_codec
-from slimjax.solve.fit import value_error
+from slimjax.solve.convert import through_codec
+from slimjax.solve.fit import key_error, value_error
 from slimjax.solve.linear import solve_map
 from slimjax.solve.options import Layer, Option, option
+from slimjax.solve.scales import needs_scale
 
 
 def scheme_error(
@@ -43,10 +44,9 @@ def scheme_error(
             raise NotImplementedError(f"{layer.name}: {found.refused}")
         return found.error
     basis(spec)
+    needs_scale(spec, solution, layer.name)
     used = solution or exact_solution(layer.keys, layer.values, scheme.extra)
-    cached = inputs @ augmented(layer.keys, used.extra)
-    width = spec.key_width
-    keys = relative_l2(stored(cached, spec)[:, :width], cached[:, :width])
+    keys = key_error(inputs, layer.keys, used, spec)
     return max(keys, value_error(inputs, layer.keys, layer.values, used, spec))
 
 
@@ -62,8 +62,7 @@ def first_layer_option(layer: Layer, scheme: Scheme, calibration: Calibration | 
         streams = basis(spec).streams(spec)
     except NotImplementedError as refusal:
         return Option(scheme=scheme, refused=str(refusal))
-    codec = codec_of(scheme)
-    size = sum(codec.nbytes((1, 1, heads, width)) for heads, width in streams.values())
+    size = row_bytes(streams, codec_of(scheme))
     # K and V are absorbed from float32 maps where a KV cache's layer would read its own projections.
     wide, plain = spec.key_width, spec.width * spec.key_width * layer.bytes_per_weight
     return Option(

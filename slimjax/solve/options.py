@@ -8,15 +8,16 @@ import numpy as np
 
 from slimjax.attention.bases import basis
 from slimjax.attention.projections import Projections
-from slimjax.cache import codec_of
+from slimjax.cache import codec_of, row_bytes
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import relative_l2
 from slimjax.scheme import Scheme
-from slimjax.solve.augment import Solution, augmented
+from slimjax.solve.augment import Solution
 from slimjax.solve.calibrate import Calibration
-from slimjax.solve.convert import convert, stored, through_codec
-from slimjax.solve.fit import fit
+from slimjax.solve.convert import convert, through_codec
+from slimjax.solve.fit import fit, key_error
 from slimjax.solve.linear import condition_number, solve_map
+from slimjax.solve.scales import fixed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,7 +74,7 @@ class Option:
     error: float = float("inf")
     calibration_error: float | None = None
     exact_error: float | None = None
-    bytes_per_token: int = 0
+    bytes_per_token: float = 0
     weight_bytes: int = 0
     condition_number: float | None = None
     how: str = ""
@@ -103,14 +104,14 @@ def menu(
     return tuple(sorted(options, key=lambda found: where[found.scheme]))
 
 
-def _size(layer: Layer, scheme: Scheme) -> int:
+def _size(layer: Layer, scheme: Scheme) -> float:
     """Bytes per token; 0 for what is refused."""
     spec, codec = layer.under(scheme), codec_of(scheme)
     try:
         streams = basis(spec).streams(spec)
     except NotImplementedError:
         return 0
-    return sum(codec.nbytes((1, 1, heads, width)) for heads, width in streams.values())
+    return row_bytes(streams, codec)
 
 
 def option(layer: Layer, scheme: Scheme, calibration: Calibration | None) -> Option:
@@ -118,6 +119,7 @@ def option(layer: Layer, scheme: Scheme, calibration: Calibration | None) -> Opt
     spec = layer.under(scheme)
     try:
         basis(spec)
+        fixed(spec)
         if scheme.basis in ("k", "kr"):
             found = _from_keys(layer, spec, calibration)
         else:
@@ -151,15 +153,12 @@ def _from_keys(layer: Layer, spec: DecodeSpec, calibration: Calibration | None) 
         )
     basis(spec)
     found = fit(layer.keys, layer.values, spec, calibration)
-    rows = np.asarray(calibration.held_out, np.float64) @ augmented(layer.keys, found.solution.extra)
-    width = spec.key_width
-    keys = relative_l2(stored(rows, spec)[:, :width], rows[:, :width])
     return Option(
         scheme=spec.scheme,
-        error=max(found.held_out, keys),
+        error=max(found.held_out, key_error(calibration.held_out, layer.keys, found.solution, spec)),
         calibration_error=found.calibration,
         exact_error=found.exact,
-        condition_number=condition_number(augmented(layer.keys, found.solution.extra)),
+        condition_number=condition_number(found.solution.cached(layer.keys)),
         how=found.solution.how,
         solution=found.solution,
     )
@@ -174,13 +173,13 @@ def _read_back(layer: Layer, spec: DecodeSpec, calibration: Calibration | None) 
     keys, values = inputs @ layer.keys, inputs @ layer.values
     name, condition = spec.scheme.basis, None
     if name == "kv":
-        got = through_codec(keys, spec, spec.kv_heads), through_codec(values, spec, spec.kv_heads)
+        got = through_codec(keys, spec, spec.kv_heads), through_codec(values, spec, spec.kv_heads, "v")
     elif name in ("x", "e"):
         read = through_codec(inputs, spec, 1)
         got = read @ layer.keys, read @ layer.values
     elif name == "v":
         condition = condition_number(layer.values)
-        read = through_codec(values, spec, spec.kv_heads)
+        read = through_codec(values, spec, spec.kv_heads, "v")
         got = read @ solve_map(layer.values, layer.keys).astype(spec.accumulation), read
     else:
         raise NotImplementedError(f"{layer.name}: basis {name!r} is chosen for all layers together")

@@ -24,7 +24,7 @@ class Choice:
     name: str
     scheme: str
     error: float
-    bytes_per_token: int
+    bytes_per_token: float
     weight_bytes: int
     reason: str
     how: str = ""
@@ -79,7 +79,7 @@ class Plan:
         return {choice.name: parse_scheme(choice.scheme) for choice in self.layers}
 
     @property
-    def bytes_per_token(self) -> int:
+    def bytes_per_token(self) -> float:
         """Of all layers."""
         return sum(choice.bytes_per_token for choice in self.layers)
 

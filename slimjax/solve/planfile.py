@@ -27,6 +27,8 @@ def save_plan(path: Path, plan: Plan) -> None:
         maps[f"{name}.weight"] = np.ascontiguousarray(solution.weight, np.float32)
         if solution.extra is not None:
             maps[f"{name}.extra"] = np.ascontiguousarray(solution.extra, np.float32)
+        if solution.scale is not None:
+            maps[f"{name}.scale"] = np.ascontiguousarray(solution.scale, np.float32)
     content = plan_content(plan)
     if maps:
         data = save(maps)
@@ -118,13 +120,14 @@ def _solutions(path: Path, maps: Mapping[str, str] | None, plan: Plan) -> dict[s
         raise ValueError(f"{beside}: {error}") from None
     found = {}
     for choice in plan.layers:
-        weight, extra = held.get(f"{choice.name}.weight"), held.get(f"{choice.name}.extra")
+        weight, extra, scale = (held.get(f"{choice.name}.{part}") for part in ("weight", "extra", "scale"))
         scheme = parse_scheme(choice.scheme)
         rank = 0 if extra is None else extra.shape[1]
         if weight is not None and scheme.basis in ("k", "kr") and scheme.extra == rank and choice.how:
             found[choice.name] = Solution(
                 weight=weight.astype(np.float64),
                 extra=None if extra is None else extra.astype(np.float64),
+                scale=None if scale is None else scale.astype(np.float64),
                 how=choice.how,
             )
     return found

@@ -7,26 +7,13 @@ mantissa); a CPU never shows it. These are those products emulated, for a table 
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slimjax.axes import typed
+from slimjax.attention.pair import Pair, through
 from slimjax.numerics import einsum
 
 Rows = Float[Array, "S M"]
 Map = Float[Array, "M F"]
-
-
-@typed
-def split_bf16(x: Float[Array, "*S"], parts: int = 2) -> tuple[Float[Array, "*S"], ...]:
-    """float32 as a sum of bfloat16 arrays, the largest first; two hold 16 bits of mantissa, three all 24."""
-    found = []
-    for _ in range(parts):
-        # Not a plain cast there and back, which XLA is free to leave out.
-        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-        found.append(high.astype(jnp.bfloat16))
-        x = x - high
-    return tuple(found)
 
 
 def full(rows: Rows, weight: Map) -> Rows:
@@ -36,10 +23,7 @@ def full(rows: Rows, weight: Map) -> Rows:
 
 def split(rows: Rows, weight: Map) -> Rows:
     """The map as two bfloat16 arrays (as many bytes as float32), the rows as three: six bfloat16 products."""
-    return sum(
-        (einsum("sm,mf->sf", a, b) for a in split_bf16(rows, 3) for b in split_bf16(weight, 2)),
-        start=jnp.zeros((rows.shape[0], weight.shape[1]), jnp.float32),
-    )
+    return through("sm,mf->sf", rows, Pair.of(weight))
 
 
 def rounded_map(rows: Rows, weight: Map) -> Rows:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from slimjax.cache.codecs.absmax import AbsmaxCodec
-from slimjax.cache.codecs.base import Codec, TiledCodec
+from slimjax.cache.codecs.base import Codec, Role, TiledCodec
 from slimjax.cache.codecs.flashq import FlashQ
 from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.cache.codecs.fp8 import Fp8Codec
@@ -24,6 +24,7 @@ __all__ = [
     "FixedCodec",
     "FloatCodec",
     "IntegerCodec",
+    "Role",
     "Scaled",
     "TiledCodec",
     "codec",

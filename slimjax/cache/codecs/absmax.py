@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from slimjax.cache.codecs.base import Codec, Role
+from slimjax.cache.codecs.extremes import largest
 from slimjax.cache.codecs.narrow import (
     as_stored,
     check,
@@ -62,7 +63,7 @@ class AbsmaxCodec(Codec):
 
     def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Symmetric:
         rows = rows.astype(jnp.float32)
-        peak = jnp.max(jnp.abs(grouped(rows, self.group)), axis=-1)
+        peak = largest(jnp.abs(grouped(rows, self.group)), axis=-1)
         scale, read = as_stored(peak / self.limit, self.scale_dtype)
         wide = spread(read, self.group, rows.shape[-1])
         # A scale of 0 stands for rows of 0, or too small for the scale's dtype: code 0 before the offset.

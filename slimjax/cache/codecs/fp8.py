@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slimjax.cache.codecs.base import Codec, Role
+from slimjax.cache.codecs.extremes import largest
 from slimjax.pytree import pytree
 
 E4M3_MAX = 448.0
@@ -55,7 +56,7 @@ class Fp8Codec(Codec):
     def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Scaled8:
         rows = rows.astype(jnp.float32)
         if self.scale in ("head", "token"):
-            peak = jnp.max(jnp.abs(rows), axis=(3,) if self.scale == "head" else (2, 3), keepdims=True)
+            peak = largest(jnp.abs(rows), axis=(3,) if self.scale == "head" else (2, 3), keepdims=True)
             scale = jnp.where(peak == 0, jnp.ones_like(peak), peak / E4M3_MAX)
             # The smallest float32 numbers vanish in the division.
             return Scaled8(codes=to_e4m3(rows / jnp.where(scale == 0, 1.0, scale)), scale=scale)

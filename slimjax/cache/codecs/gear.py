@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from slimjax.cache.codecs.base import Role, TiledCodec, Tiles
-from slimjax.cache.codecs.extremes import largest
 from slimjax.cache.codecs.groups import Groups
 from slimjax.cache.codecs.kivi import Kivi
 from slimjax.numerics import einsum
@@ -40,7 +39,7 @@ def low_rank(
     """
     rank = min(rank, *error.shape[-2:])
     # Divided by its peak: the loops raise the error to a power that would leave float32 otherwise.
-    peak = largest(jnp.abs(error), axis=(-2, -1), keepdims=True)
+    peak = jnp.max(jnp.abs(error), axis=(-2, -1), keepdims=True)
     peak = jnp.where(peak == 0, jnp.ones_like(peak), peak)
     error = error / peak
     start = np.random.default_rng(0).standard_normal((error.shape[-1], rank))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from slimjax.cache.codecs.base import Codec, Role
+from slimjax.cache.codecs.extremes import largest, least as smallest
 from slimjax.cache.codecs.narrow import (
     as_stored,
     check,
@@ -67,9 +68,9 @@ class HadamardCodec(Codec):
         size, most = rows.shape[-1], 2**self.bits - 1
         turned = rotate(rows.astype(jnp.float32), self.seed)
         parts = grouped(turned, self.group)
-        least = jnp.min(parts, axis=-1)
+        least = smallest(parts, axis=-1)
         low, start = as_stored(least, self.scale_dtype)
-        step, width = as_stored((jnp.max(parts, axis=-1) - least) / most, self.scale_dtype)
+        step, width = as_stored((largest(parts, axis=-1) - least) / most, self.scale_dtype)
         start, width = (spread(part, self.group, size) for part in (start, width))
         # A step of 0 stands for equal values, or too close for the step's dtype: all are the minimum.
         ratio = jnp.where(

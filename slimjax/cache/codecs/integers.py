@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from slimjax.cache.codecs.base import Codec, Role
+from slimjax.cache.codecs.extremes import largest
 from slimjax.pytree import pytree
 
 
@@ -53,7 +54,7 @@ class IntegerCodec(Codec):
         # At least float32: codes of bfloat16 rows would otherwise be divided at 8 bits of precision.
         rows = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
         axes = (3,) if self.per_head else (2, 3)
-        peak = jnp.max(jnp.abs(rows), axis=axes, keepdims=True)
+        peak = largest(jnp.abs(rows), axis=axes, keepdims=True)
         scale = jnp.where(peak == 0, jnp.ones_like(peak), peak / self.limit).astype(jnp.float32)
         codes = jnp.clip(jnp.round(rows / scale.astype(rows.dtype)), -self.limit, self.limit)
         return Scaled(codes=codes.astype(f"int{self.bits}"), scale=scale)

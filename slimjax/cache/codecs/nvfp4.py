@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from slimjax.cache.codecs.base import Codec, Role
+from slimjax.cache.codecs.extremes import largest
 from slimjax.cache.codecs.fp8 import E4M3_MAX, check_scale, to_e4m3
 from slimjax.cache.codecs.narrow import (
     as_stored,
@@ -90,7 +91,7 @@ class Nvfp4Codec(Codec):
         rows, size = rows.astype(jnp.float32), rows.shape[-1]
         row = self._row(rows)
         unit = rows / (self._known if row is None else jnp.where(row == 0, 1.0, row))
-        peak = jnp.max(jnp.abs(grouped(unit, self.group)), axis=-1)
+        peak = largest(jnp.abs(grouped(unit, self.group)), axis=-1)
         block, read = as_stored(to_e4m3(peak / MAGNITUDES[-1]), jnp.float8_e4m3fn)
         wide = spread(read, self.group, size)
         ratio = jnp.where(wide == 0, jnp.zeros_like(unit), unit / jnp.where(wide == 0, 1.0, wide))
@@ -99,7 +100,7 @@ class Nvfp4Codec(Codec):
     def _row(self, rows: Float[Array, "B S K H"]) -> Float[Array, "B S 1 1"] | None:
         if self.scale != "token":
             return None
-        return jnp.max(jnp.abs(rows), axis=(2, 3), keepdims=True) / (E4M3_MAX * MAGNITUDES[-1])
+        return largest(jnp.abs(rows), axis=(2, 3), keepdims=True) / (E4M3_MAX * MAGNITUDES[-1])
 
     @property
     def _known(self) -> float:
