@@ -7,11 +7,13 @@ a module, a section and a line in `EXPERIMENTS`. Everything else, from resuming 
 
 import dataclasses
 import importlib
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Annotated, Any, Literal, Protocol, cast
 
 from experiments.directory import RunDirectory
+from experiments.slim_settings import SlimErrorConfig, SlimRowsConfig, SlimWhisperConfig
 from slimjax.config import (
     CheckpointConfig,
     ComputeDtype,
@@ -23,13 +25,13 @@ from slimjax.config import (
     ModelConfig,
     PositionKind,
     Positive,
+    Range,
     TrackingConfig,
     TrainConfig,
     Whole,
     digest,
 )
-from slimjax.scheme import parse_schemes, suggest
-from slimjax.solve.products import PRODUCTS as PRODUCT_NAMES
+from slimjax.scheme import suggest
 
 EXPERIMENTS = {
     "quickstart": "experiments.quickstart",
@@ -40,6 +42,8 @@ EXPERIMENTS = {
     "train_bench": "experiments.train_bench",
     "decode_bench": "experiments.decode_bench",
     "slim_whisper": "experiments.slim_whisper",
+    "slim_error": "experiments.slim_error",
+    "slim_rows": "experiments.slim_rows",
 }
 
 
@@ -122,7 +126,7 @@ class AblateConfig(Config):
                     f"axes: {axis!r}: expected ('Section.field', (value, ...)) with at least one value",
                     "axes",
                 )
-            if len(set(map(repr, values))) < len(values):
+            if any(value == other for value, other in itertools.combinations(values, 2)):
                 raise ConfigError(f"axes: {axis[0]} = {values}: expected distinct values", "axes")
         names = [axis[0] for axis in self.axes]
         if len(set(names)) < len(names):
@@ -182,7 +186,7 @@ class DecodeBenchConfig(BenchConfig):
     batches: tuple[Count, ...] = (1,)
     contexts: tuple[Count, ...] = (1024,)  # cached tokens
     implementations: tuple[str, ...] = ()  # of `slimjax.decode`; (): all there are
-    copy_bytes: Count = 1 << 28  # moved to see how fast memory is
+    copy_bytes: Annotated[int, Range(least=1, most=1 << 40)] = 1 << 28  # moved to see how fast memory is
     caches: Count = 4  # read in turns, so that the processor's own cache serves less
     models: tuple[str, ...] = ()
     model_schemes: tuple[str, ...] = ("kv:float32", "k:float32")
@@ -203,42 +207,6 @@ class DecodeBenchConfig(BenchConfig):
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlimWhisperConfig(Config):
-    """A Whisper model, speech with its words, and the caches that are tried on both."""
-
-    model: str = "models/whisper-tiny.en"  # a directory that `slimjax transcribe` reads
-    speech: str = "models/speech"  # wav files, and their words in a file `transcription`
-    layer_schemes: tuple[str, ...] = ("k:bf16", "k:int16", "k:int16+16")  # on every layer by itself
-    product_scheme: str = "k:int16+16"  # whose map is multiplied in `products`
-    products: tuple[str, ...] = ()  # names in `slimjax.solve.products`
-    schemes: tuple[str, ...] = ("kv:bf16", "k:int16+16")  # of transcripts; 'cross,self' or one for both
-    max_errors: tuple[Positive, ...] = ()  # of transcripts under plans
-
-    def validate(self) -> None:
-        for name in ("layer_schemes", "products", "schemes", "max_errors"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{name} = {values}: expected distinct values", name)
-        for name, texts in (
-            ("layer_schemes", self.layer_schemes),
-            ("product_scheme", (self.product_scheme,)),
-            ("schemes", self.schemes),
-        ):
-            for text in texts:
-                try:
-                    found = parse_schemes(text)
-                except ValueError as error:
-                    raise ConfigError(str(error), name) from None
-                if len(found) > (2 if name == "schemes" else 1):
-                    raise ConfigError(f"{name}: {text!r}: expected one scheme, or 'cross,self'", name)
-        for product in self.products:
-            if product not in PRODUCT_NAMES:
-                raise ConfigError(
-                    f"products: unknown {product!r}{suggest(product, PRODUCT_NAMES)}", "products"
-                )
-
-
 SECTIONS: dict[str, type[Config]] = {
     "Run": RunConfig,
     "Model": ModelConfig,
@@ -254,6 +222,8 @@ SECTIONS: dict[str, type[Config]] = {
     "TrainBench": TrainBenchConfig,
     "DecodeBench": DecodeBenchConfig,
     "SlimWhisper": SlimWhisperConfig,
+    "SlimError": SlimErrorConfig,
+    "SlimRows": SlimRowsConfig,
     "Tracking": TrackingConfig,
 }
 
@@ -315,8 +285,10 @@ class Experiment(Protocol):
     """What an experiment module offers. Its functions run in processes of their own under `--jobs`.
 
     Beside these it may have `report(config, directory, records)` in place of the general report (called after a
-    unit and at the end, with the records in the order of the cells), and `ALONE = True` where units at work side
-    by side would disturb each other (timings): `--jobs` above 1 is refused then.
+    unit and at the end, with the records in the order of the cells); `ALONE = True` where units at work side
+    by side would disturb each other (timings): `--jobs` above 1 is refused then; and `check(config)`, called before
+    the first unit and by `--dry-run`: it looks at what the run will read, raises ConfigError where that will not do,
+    and returns the digests of it by name, for no result to be taken for one of other data.
     """
 
     TITLE: str
@@ -354,6 +326,15 @@ class Plan:
     config: Any
     source: str
     operative: str
+    fault: Callable[[ConfigError], Exception] = lambda error: error  # with its place in the config
+
+    def checked(self) -> Mapping[str, str]:
+        """Digests of what the run will read, by name. Raises `fault` where that will not do."""
+        check = getattr(self.experiment, "check", None)
+        try:
+            return {} if check is None else check(self.config)
+        except ConfigError as error:
+            raise self.fault(error) from None
 
     @property
     def run(self) -> str:

@@ -293,7 +293,7 @@ def _converted(shared: Material, text: str) -> WhisperLayers:
     solutions = {}
     for layer, calibration in zip(shared.layers, shared.calibrations, strict=True):
         scheme = cross if layer.name.endswith("cross") else own
-        if scheme.basis == "k" and scheme.extra:
+        if scheme.basis == "k" and (scheme.extra or scheme.codec == "fixed16"):
             solutions[layer.name] = fit(layer.keys, layer.values, layer.under(scheme), calibration).solution
     return convert_whisper(shared.loaded.model, cross, own, solutions=solutions)[0]
 

@@ -66,6 +66,8 @@ METRICS = {
     "exact_error": "value error of the exact inverse on held-out inputs",
     "predicted_error": "attention error the conversion predicts, worst layer",
     "condition_number": "largest over smallest singular value of the inverted weights, worst layer",
+    "noise_gain": "how many times larger a relative error of the cached rows is in what is rebuilt, white inputs",
+    "rounding_error": "relative L2 error of the cached rows as they are read back",
     "logit_kl": "mean KL divergence of next-token distributions, nats",
     "bits_per_byte": "on held-out text",
     "bits_per_byte_change": "against the same model with exact attention",
@@ -127,6 +129,9 @@ METRICS = {
     "bytes_read_per_token": "weights and caches of a decoding step over its sequences",
     "operations_per_byte": "of a decoding step",
     "break_even": "batch x context (with an encoder: batch) from which less is read than with bf16 keys and values",
+    "skipped_by_head": "share of (query, key) pairs whose weight one head drops",
+    "skipped_by_group": "the same, jointly for the query heads of one key/value head",
+    "skipped_by_all": "the same, jointly for all heads",
     "milliseconds_bound": "least time of a decoding step: bytes over bandwidth or operations over peak",
     "speedup": "least time of a token with bf16 keys and values (or the baseline) over this one's",
 }

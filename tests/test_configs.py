@@ -35,9 +35,13 @@ def given(tmp_path_factory):
     pretrained.describe(folder, model, DataConfig())
     shapes = state_shapes(model, TrainConfig()).params
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), shapes)
-    state = TrainState(params=params, opt_state=(), step=jnp.zeros((), jnp.int32), loss_sum=jnp.zeros(()))
+    none = jnp.zeros((), jnp.int32)
+    state = TrainState(params=params, opt_state=(), step=none, loss_sum=jnp.zeros(()), loss_count=none)
     checkpoint.save(folder, 10, state)
-    return {"equivalence": [f"Pretrained.checkpoint = {str(folder)!r}"]}
+    return {
+        "equivalence": [f"Pretrained.checkpoint = {str(folder)!r}"],
+        "slim_error": [f"SlimError.trained = {str(folder)!r}"],
+    }
 
 
 def loaded(path, given):

@@ -31,17 +31,17 @@ def findings(records: Sequence[Record]) -> list[str]:
     ]
     found = [sentence for sentence in sentences if sentence] or _trained(records) or spans(records)
     found += [_seeds(records)] if found else []
-    found += [_unmeasured(records, status) for status in STATUSES if status != "ok"]
-    found += [_waiting(records)] if any(map(measured, records)) else []
+    found += [unmeasured(records, status) for status in STATUSES if status != "ok"]
+    found += [waiting(records)] if any(map(measured, records)) else []
     return [sentence for sentence in found if sentence]
 
 
 def _seeds(records: Sequence[Record]) -> str:
     several = [seed for seed in seeds(filter(measured, records)) if seed is not None]
-    return f"Numbers are means over the seeds {_names(list(map(str, several)))}." if len(several) > 1 else ""
+    return f"Numbers are means over the seeds {listed(list(map(str, several)))}." if len(several) > 1 else ""
 
 
-def _waiting(records: Sequence[Record]) -> str:
+def waiting(records: Sequence[Record]) -> str:
     """How far a half-finished run is."""
     done = sum(map(measured, records))
     return f"The run is not finished: {done} of {len(records)} cells are done." if done < len(records) else ""
@@ -51,7 +51,8 @@ def _change(records: Sequence[Record], scheme: str) -> float | None:
     return metric(records, "bits_per_byte_change", scheme=scheme)
 
 
-def _names(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
     return ", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else "".join(names)
 
 
@@ -102,7 +103,7 @@ def _kept(records: Sequence[Record], model: str) -> str:
     if not measured or bits is None:
         return ""
     share = f"all {len(kept)}" if len(kept) == len(measured) else f"{len(kept)} of {len(measured)}"
-    which = f": {_names(kept)}" if 0 < len(kept) < len(measured) else ""
+    which = f": {listed(kept)}" if 0 < len(kept) < len(measured) else ""
     return (
         f"Model {model} needs {bits.mean:.3f} bits per byte on held-out text with exact attention; "
         f"{share} caches stay within {KEPT} of that{which}."
@@ -131,7 +132,7 @@ def _floor(records: Sequence[Record]) -> str:
     if len(lowest) < 2:
         return ""
     parts = [f"{scientific(error, 0)} in {dtype}" for dtype, error in lowest.items()]
-    return f"No cache does better than the arithmetic around it: the smallest attention error is {_names(parts)}."
+    return f"No cache does better than the arithmetic around it: the smallest attention error is {listed(parts)}."
 
 
 def _smallest(records: Sequence[Record]) -> str:
@@ -157,10 +158,11 @@ def _conditioning(records: Sequence[Record], scheme: str) -> str:
     if len(fared) < 2 or max(abs(difference) for _, difference, _ in fared) <= KEPT:
         return ""
     parts = [f"{change(difference)} on {model} ({large(number)})" for model, difference, number in fared]
-    return f"Conditioning and {scheme}, as change of bits per byte (condition number): {_names(parts)}."
+    return f"Conditioning and {scheme}, as change of bits per byte (condition number): {listed(parts)}."
 
 
-def _unmeasured(records: Sequence[Record], status: str) -> str:
+def unmeasured(records: Sequence[Record], status: str) -> str:
+    """The cells of a status other than ok, with their reasons."""
     missing = [record for record in records if record.status == status]
     if not missing:
         return ""
@@ -169,4 +171,4 @@ def _unmeasured(records: Sequence[Record], status: str) -> str:
     ]
     other = [record for record in missing if record.cell.get("scheme") is None]
     parts += [f"{len(other)} cells ({trouble(other)})"] if other else []
-    return f"Not measured: {_names(parts)}."
+    return f"Not measured: {listed(parts)}."

@@ -95,7 +95,7 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         axes.plot(steps, [curve[s] for s in steps], style + mark, color=colour, linewidth=1.8, label=name)
     for step in dict.fromkeys(resumed):
         axes.axvline(step, color="#808080", linewidth=1, linestyle=":")
-    _frame(axes, "", "training step" + (" (dotted: resumed)" if resumed else ""))
+    frame(axes, "", "training step" + (" (dotted: resumed)" if resumed else ""))
     axes.set_ylabel(
         "training loss (bits per byte)" if unit == "bits_per_byte" else "training loss (nats per token)",
         color=INK,
@@ -144,7 +144,8 @@ def basis_colour(bases: Sequence[str], basis: str) -> str:
     return PALETTE[bases.index(basis) % len(PALETTE)] if basis in bases else "#808080"
 
 
-def _frame(axes: Axes, title: str, xlabel: str) -> None:
+def frame(axes: Axes, title: str, xlabel: str) -> None:
+    """Title, grid and spines as all plots have them; the x axis is one of plain numbers."""
     axes.set_facecolor("none")
     axes.set_title(title, color=INK, fontsize=11)
     axes.set_xlabel(xlabel, color=INK)
@@ -158,7 +159,7 @@ def _frame(axes: Axes, title: str, xlabel: str) -> None:
 
 def bytes_axis(axes: Axes, title: str, *, last: bool = True) -> None:
     """An axis of bytes per token in powers of 2; last: whether it is the lowest panel, which names it."""
-    _frame(axes, title, "cache (bytes per token, all layers)" if last else "")
+    frame(axes, title, "cache (bytes per token, all layers)" if last else "")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(_thousands)
     axes.margins(x=0.22, y=0.12)
@@ -183,10 +184,10 @@ def legend(figure: Figure, bases: Sequence[str], models: Sequence[str]) -> None:
             mark(f"model {model}", next(marks), INK, "none" if i else INK) for i, model in enumerate(models)
         ]
     if handles:
-        _place_legend(figure, handles)
+        place_legend(figure, handles)
 
 
-def _place_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
+def place_legend(figure: Figure, handles: Sequence[Line2D]) -> None:
     """In as many columns as fit into the figure; for a name wider than the figure the figure grows."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     for columns in range(len(handles), 0, -1):
