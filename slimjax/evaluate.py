@@ -109,7 +109,7 @@ def identity(reference: Reference, scheme: str | Scheme) -> dict[str, float]:
         NotImplementedError: the scheme is refused for this model.
     """
     chosen = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    exact = dataclasses.replace(chosen, codec="float64", bits=None, group=None)
+    exact = _unrounded(chosen)
     with jax.enable_x64(True):
         layers, figures = convert_model(reference.model, exact, "float64")
         found = [
@@ -117,6 +117,11 @@ def identity(reference: Reference, scheme: str | Scheme) -> dict[str, float]:
         ]
     error = _worst(reference, found, reference.outputs)
     return {"identity_error": error} | _conditioning(figures, ("condition_number",))
+
+
+def _unrounded(scheme: Scheme) -> Scheme:
+    """The scheme's algebra: its basis and softmax, with rows stored exactly and floating-point products."""
+    return dataclasses.replace(scheme, codec="float64", bits=None, group=None, options=(), compute="")
 
 
 def measure(reference: Reference, scheme: str | Scheme, dtype: str) -> dict[str, float]:
@@ -195,7 +200,7 @@ def at_position(reference: Reference, position: Position, *, seed: int) -> Layer
 def layer_identity(layers: Layers, scheme: str | Scheme) -> dict[str, float]:
     """As ``identity``, of single layers. Raises NotImplementedError: the scheme is refused for them."""
     chosen = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    exact = dataclasses.replace(chosen, codec="float64", bits=None, group=None)
+    exact = _unrounded(chosen)
     with jax.enable_x64(True):
         converted = _convert(layers, exact, "float64")
         found = [

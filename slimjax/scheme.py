@@ -163,6 +163,8 @@ def _split_codec(text: str, known: Collection[str]) -> tuple[str, str | None]:
     """``flashq2-4`` -> ("flashq", "2-4"): the longest known name, then its bits."""
     for name in sorted(known, key=len, reverse=True):
         rest = text[len(name) :]
+        if rest and name[-1].isdigit():  # its width is its name
+            continue
         if text.startswith(name) and re.fullmatch(r"(\d(-\d)?)?", rest):
             return name, rest or None
     raise ValueError(f"unknown codec {text!r}{suggest(text, known)}")

@@ -193,6 +193,25 @@ def test_a_layer_prefills_and_decodes_in_integers():
     assert 1e-3 < error < 3e-2  # INT8 it is, and no worse
 
 
+@pytest.mark.parametrize("scheme", ["kv:flashq4/32", "kv:float32#int8", "kv:float32#sage"])
+def test_what_padding_holds_does_not_matter(scheme):
+    """Ragged prompts and chunks: rows that are padding share tiles with rows that are not, but no scale."""
+    layer = _layer(scheme)
+    x = arrays((2, 14, 32), seed=5)[0]
+    outs = []
+    for filler in (0.0, 100.0):
+        padded = x.copy()
+        padded[1, 6:10] = padded[1, 12:] = filler
+        cache = init_cache(layer.spec, batch=2, capacity=64)
+        first, cache = prefill(jnp.asarray(padded[:, :10]), layer, cache, count=jnp.array([10, 6], jnp.int32))
+        then, _ = attend_cached(jnp.asarray(padded[:, 10:]), layer, cache, count=jnp.array([4, 2], jnp.int32))
+        outs.append((np.asarray(first), np.asarray(then)))
+    for here, there in zip(*outs, strict=True):
+        np.testing.assert_array_equal(here[0], there[0])
+    np.testing.assert_array_equal(outs[0][0][1, :6], outs[1][0][1, :6])
+    np.testing.assert_array_equal(outs[0][1][1, :2], outs[1][1][1, :2])
+
+
 def _equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation
@@ -283,6 +302,11 @@ def test_what_cannot_be_computed_so_is_refused(scheme, fields, reason):
         ("kv:bf16#int8(p=column)", "expected tile or static or row"),
         ("kv:bf16#int8(rows=2)", "does not take the options"),
         ("kv:bf16#sage(tile=0)", "expected a number of tokens"),
+        ("kv:bf16#int8(tile=-1)", "expected a number of tokens"),
+        ("kv:flashq4(bits=2)", "a place of its own"),
+        ("kv:kivi4(window=64.0)", "whole tiles"),
+        ("kv:flashq4(margin=inf)", "positive number"),
+        ("kv:int8(scale=tensor)", "neither head nor token"),
         ("kv:kivi4(tile=48)/32", "whole groups"),
         ("kv:kivi4(tile)", "expected name=value"),
     ],

@@ -56,7 +56,7 @@ def test_several():
         ("kv2:bf16", "has no option 2"),
         ("k3:bf16", "has no option 3"),
         ("kv:bf16+4", "belong to basis k"),
-        ("kv:int88", "codec 'int8' does not take the options {'bits': 8}"),
+        ("kv:int88", "unknown codec 'int88'"),
         ("kv:bf16/64", "codec 'bf16' does not take the options {'group': 64}"),
         ("kv:bf16/0", "at least one member"),
         ("k:bf16@sofmax", "unknown softmax 'sofmax'"),

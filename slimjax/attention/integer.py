@@ -28,6 +28,7 @@ from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree
 
+TILE = 64
 _P_SCALES = ("tile", "static", "row")
 _DENOMINATORS = ("before", "after")
 _RESCALES = ("exact", "softmax")
@@ -47,7 +48,7 @@ class _State:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Integer:
-    """The compute mode ``#int8(p=tile, denominator=before, rescale=exact, tile=64)``.
+    """The compute mode ``#int8(p=tile, denominator=before, rescale=exact, tile=0)``.
 
     Attributes:
         p: what P, at most 1, is scaled by: its maximum in a tile of queries and keys over 119 ("tile"), 1/127
@@ -55,19 +56,20 @@ class Integer:
         denominator: the sum of P before or after its rounding to INT8.
         rescale: the factor of what was summed under a lower maximum: an exact exponential, or the softmax's own
             (SAS where that is chosen).
-        tile: queries of a tile; and keys, where the cache has no tiles of its own.
+        tile: queries of a tile, and keys where they are quantised here: of a prompt, and of a cache without
+            INT8 tiles. 0: as many as the codec's tiles have, 64 where it has none.
     """
 
     p: str = "tile"
     denominator: str = "before"
     rescale: str = "exact"
-    tile: int = 64
+    tile: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("p", _P_SCALES), ("denominator", _DENOMINATORS), ("rescale", _RESCALES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"int8({name}={getattr(self, name)}): expected {' or '.join(allowed)}")
-        if not isinstance(self.tile, int) or self.tile < 1:
+        if not isinstance(self.tile, int) or self.tile < 0:
             raise ValueError(f"int8(tile={self.tile}): expected a number of tokens")
 
     def refusal(self, spec: DecodeSpec) -> str | None:
@@ -83,6 +85,7 @@ class Integer:
     ) -> Queries:
         """Attention of unrotated queries on a kv cache; output in ``spec.dtype``."""
         codec = codec_of(spec.scheme)
+        where = where.without_padding(cache.length, spec)
         if isinstance(codec, TiledCodec) and codec.integral:
             return self._attend(q, _from_codes(cache, codec), cache.capacity, codec.tile, where, spec)
 
@@ -90,7 +93,7 @@ class Integer:
             rows = read(cache, codec, jnp.float32, start=start, size=count)
             return _tile(rows["k"]), _tile(rows["v"])
 
-        size = codec.span if isinstance(codec, TiledCodec) else self.tile
+        size = codec.span if isinstance(codec, TiledCodec) else self._tokens(spec)
         return self._attend(q, tiles, cache.capacity, size, where, spec)
 
     def attend(self, q: Queries, k: Keys, v: Values, where: Geometry, spec: DecodeSpec) -> Queries:
@@ -103,13 +106,19 @@ class Integer:
             first, second = part
             return _tile(first), _tile(second)
 
-        return self._attend(q, tiles, k.shape[1], self.tile, where, spec)
+        return self._attend(q, tiles, k.shape[1], self._tokens(spec), where, spec)
+
+    def _tokens(self, spec: DecodeSpec) -> int:
+        """Tokens of a tile: as chosen, or the codec's own."""
+        codec = codec_of(spec.scheme)
+        return self.tile or (codec.tile if isinstance(codec, TiledCodec) and codec.integral else TILE)
 
     def _attend(
         self, q: Queries, tiles: Tiles, slots: int, size: int, where: Geometry, spec: DecodeSpec
     ) -> Queries:
         batch, tokens, heads, width = q.shape
-        queries, q_scale = _query_tiles(rotate(q, where.query_positions, spec.position), spec, self.tile)
+        turned = rotate(where.seeing(q), where.query_positions, spec.position)
+        queries, q_scale = _query_tiles(turned, spec, self._tokens(spec))
         count, rows = queries.shape[1:3]
         shape = (batch, spec.kv_heads, spec.group, count, rows)
         state = _State(

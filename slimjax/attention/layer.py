@@ -69,6 +69,8 @@ def attend_full(
         where = geometry(everywhere[:, first:last], positions[:end], held, projections.position, spec)
         if mask is not None:
             where = where.restrict(mask[:, :, first:last, :end])
+        if compute is not None:  # queries that are padding would have a say in the scales of tiles
+            where = where.restrict((everywhere[:, first:last] < held[:, None])[:, None, :, None])
         outs.append(meet(q[:, first:last], k[:, :end], v[:, :end], where, spec))
     out = jnp.concatenate(outs, axis=1)
     return project_out(out, projections.wo, projections.bo, spec.dtype)

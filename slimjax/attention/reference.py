@@ -36,9 +36,20 @@ class Geometry:
     mask: Bool[Array, "B #N T S"]
     bias: Float[Array, "B N T S"] | None
 
-    def restrict(self, mask: Bool[Array, "B #N T S"]) -> "Geometry":
+    def restrict(self, mask: Bool[Array, "B #N T #S"]) -> "Geometry":
         """With fewer visible keys."""
         return dataclasses.replace(self, mask=self.mask & mask)
+
+    def without_padding(self, length: Lengths, spec: DecodeSpec) -> "Geometry":
+        """Nothing is visible to queries past each length: padding of a chunk of self-attention."""
+        if not spec.causal:
+            return self
+        return self.restrict((self.query_positions < length[:, None])[:, None, :, None])
+
+    def seeing(self, q: Queries) -> Queries:
+        """Queries that see nothing as zeros, for arithmetic in which they share a scale with others."""
+        sees = jnp.any(self.mask, axis=(1, 3))[:, :, None, None]
+        return jnp.where(sees, q, jnp.zeros_like(q))
 
 
 @typed

@@ -25,7 +25,10 @@ Rows = Callable[[Int[Array, ""] | int, int], Mapping[str, Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sage:
-    """The compute mode ``#sage(tile=64)``: ``tile`` tokens, of queries and of keys, share a scale per head."""
+    """The compute mode ``#sage(tile=64)``: so many queries, and keys, share a scale per head.
+
+    Of a cache of tiles, the keys of a buffer's size do.
+    """
 
     tile: int = 64
 
@@ -46,6 +49,7 @@ class Sage:
     ) -> Queries:
         """Attention of unrotated queries on a kv cache; output in ``spec.dtype``."""
         codec = codec_of(spec.scheme)
+        where = where.without_padding(cache.length, spec)
 
         def rows(start: Int[Array, ""] | int, count: int) -> Mapping[str, Array]:
             return read(cache, codec, jnp.float32, start=start, size=count)
@@ -71,7 +75,7 @@ class Sage:
     def _attend(
         self, q: Queries, rows: Rows, slots: int, size: int, where: Geometry, spec: DecodeSpec
     ) -> Queries:
-        turned = rotate(q.astype(jnp.float32), where.query_positions, spec.position)
+        turned = rotate(where.seeing(q).astype(jnp.float32), where.query_positions, spec.position)
         queries = jnp.concatenate(
             [_rounded(turned[:, at : at + self.tile]) for at in range(0, q.shape[1], self.tile)], axis=1
         )
@@ -90,7 +94,9 @@ class Sage:
             part = jax.lax.dynamic_slice_in_dim(seen, start, count, axis=1)
             return head_scores(queries, _rounded((rows(start, count)["k"] - mean) * part))
 
-        p = score_weights(each(slots, size, scores), where, spec)
+        # Not through the compute dtype: float16 is what P is rounded to here.
+        wide = dataclasses.replace(spec, dtype="float32")
+        p = score_weights(each(slots, size, scores), where, wide)
 
         def weighed(start: Int[Array, ""] | int, count: int) -> Array:
             part = jax.lax.dynamic_slice_in_dim(p, start, count, axis=3).astype(jnp.float16)

@@ -80,7 +80,10 @@ def streams(a: Architecture, scheme: Scheme) -> dict[str, tuple[int, int]]:
         return {"x": (1, a.width)}
     if scheme.basis == "h":
         return {"h": (1, a.key_width)}
-    return {"row": row, **({"extra": (1, scheme.extra)} if scheme.extra else {})}
+    return {
+        "v" if scheme.basis == "v" else "row": row,
+        **({"extra": (1, scheme.extra)} if scheme.extra else {}),
+    }
 
 
 def cached_values(a: Architecture, scheme: Scheme) -> int:

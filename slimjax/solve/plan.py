@@ -14,7 +14,7 @@ from slimjax.solve.calibrate import Calibration
 from slimjax.solve.options import Layer, Option, menu
 
 RANKS = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-FALLBACKS = ("x1:bf16", "kv:bf16", "kv:int16")  # x1 works with every position scheme
+FALLBACKS = ("kv:bf16", "kv:int16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,12 +94,17 @@ class Plan:
 
 
 def candidates(layer: Layer, codecs: Sequence[str] = ("int16",)) -> tuple[Scheme, ...]:
-    """The schemes looked at where none are named: k with growing R, then the bases without an inverse."""
-    most = min(layer.spec.key_width // 2, RANKS[-1])
-    least = max(0, layer.spec.width - layer.spec.key_width)
-    ranks = sorted({rank for rank in (*RANKS, least) if least <= rank <= most})
-    keys = [f"k:{codec}+{rank}" if rank else f"k:{codec}" for codec in codecs for rank in ranks]
-    return tuple(parse_scheme(text) for text in (*keys, *FALLBACKS))
+    """The schemes looked at where none are named: k with growing R, then the bases without an inverse.
+
+    Keys narrower than the inputs need D - E coordinates at least, however many those are; no other codec than
+    int16, no V-cache, and of the shared caches none: they are named, or they are not looked at.
+    """
+    wide, lacking = layer.spec.key_width, layer.spec.width - layer.spec.key_width
+    least, most = max(0, lacking), min(wide // 2, RANKS[-1])
+    ranks = {rank for rank in RANKS if least <= rank <= most} | ({least} if least < wide else set())
+    keys = [f"k:{codec}+{rank}" if rank else f"k:{codec}" for codec in codecs for rank in sorted(ranks)]
+    inputs = "x1:bf16" if layer.spec.position.rotary else "x:bf16"
+    return tuple(parse_scheme(text) for text in (*keys, inputs, *FALLBACKS))
 
 
 def measure(
@@ -139,7 +144,8 @@ def choose(
         layers: the model's attention layers.
         menus: of each, from ``measure``.
         max_error: each layer takes the fewest bytes whose error is at most this. Bases k and kr come first:
-            an X-cache, which takes about as many, makes keys and values anew at every step.
+            an X-cache, which takes about as many, makes keys and values anew at every step (option 1), or
+            multiplies whole rows for the scores of every head as well (option 2). Its line says so.
         max_bytes_per_token: of all layers together; the largest error of any layer is made as small as that
             allows. Exactly one of the two budgets is given.
         described: the calibration data in words.
@@ -236,15 +242,16 @@ def _choice(layer: Layer, options: Sequence[Option], one: Option, limit: float) 
     """The line of a layer, with its reason."""
     smaller = [o for o in options if o.refused is None and o.bytes_per_token < one.bytes_per_token]
     missing = [o for o in smaller if o.error > limit]
-    reason = f"fewest bytes with an error of at most {limit:.1e}"
+    kind = "keys alone" if one.scheme.basis in ("k", "kr") else "the schemes tried"
+    reason = f"fewest bytes, of {kind}, with an error of at most {limit:.1e}"
     if missing:
         near = min(missing, key=lambda option: option.error)
         reason += f"; {near.scheme}, smaller, errs {near.error:.1e}"
     for option in smaller:
         if option.error <= limit:
-            reason += (
-                f"; {option.scheme} would take {option.bytes_per_token} bytes but make keys and values anew"
-            )
+            again = option.scheme.option == 1
+            cost = "make keys and values anew" if again else "multiply whole rows for every head's scores too"
+            reason += f"; {option.scheme} would take {option.bytes_per_token} bytes but {cost}"
     tried = tuple(
         {"scheme": str(o.scheme), "refused": o.refused}
         if o.refused

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,34 +103,66 @@ def load_plan(path: Path, digest: str | None = None) -> Plan:
     return dataclasses.replace(plan, solutions=_solutions(path, content.get("maps"), plan))
 
 
-def _solutions(path: Path, maps: Mapping[str, str] | None, plan: Plan) -> dict[str, Solution]:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StoredMaps(Mapping[str, Solution]):
+    """The maps of a plan on disk, read when asked for, one at a time: a large model's do not fit memory together.
+
+    Attributes:
+        path: the .safetensors file.
+        how: layer -> how its map was found, of the layers that have one.
+    """
+
+    path: Path
+    how: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Solution:
+        how = self.how[name]
+        with _opened(self.path) as file:
+            held = set(file.keys())
+
+            def part(which: str) -> np.ndarray | None:
+                key = f"{name}.{which}"
+                return file.get_tensor(key).astype(np.float64) if key in held else None
+
+            weight = part("weight")
+            assert weight is not None  # ``_solutions`` has seen it
+            return Solution(weight=weight, extra=part("extra"), scale=part("scale"), how=how)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.how)
+
+    def __len__(self) -> int:
+        return len(self.how)
+
+
+def _opened(path: Path) -> Any:
+    """The tensors of a file by name. Raises ValueError naming the file where it is no safetensors file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _solutions(path: Path, maps: Mapping[str, str] | None, plan: Plan) -> Mapping[str, Solution]:
     """The stored maps of the layers whose scheme still fits them."""
     if not maps:
         return {}
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     beside = path.with_name(Path(maps["file"]).name)
-    data = beside.read_bytes()
-    if hashlib.sha256(data).hexdigest() != maps["sha256"]:
-        raise ValueError(f"{beside}: not the maps that {path} was written with")
-    try:
-        held = load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{beside}: {error}") from None
+    with beside.open("rb") as data:
+        if hashlib.file_digest(data, "sha256").hexdigest() != maps["sha256"]:
+            raise ValueError(f"{beside}: not the maps that {path} was written with")
     found = {}
-    for choice in plan.layers:
-        weight, extra, scale = (held.get(f"{choice.name}.{part}") for part in ("weight", "extra", "scale"))
-        scheme = parse_scheme(choice.scheme)
-        rank = 0 if extra is None else extra.shape[1]
-        if weight is not None and scheme.basis in ("k", "kr") and scheme.extra == rank and choice.how:
-            found[choice.name] = Solution(
-                weight=weight.astype(np.float64),
-                extra=None if extra is None else extra.astype(np.float64),
-                scale=None if scale is None else scale.astype(np.float64),
-                how=choice.how,
-            )
-    return found
+    with _opened(beside) as file:
+        held = set(file.keys())
+        for choice in plan.layers:
+            scheme, extra = parse_scheme(choice.scheme), f"{choice.name}.extra"
+            rank = file.get_slice(extra).get_shape()[1] if extra in held else 0
+            fits = scheme.basis in ("k", "kr") and scheme.extra == rank
+            if f"{choice.name}.weight" in held and fits and choice.how:
+                found[choice.name] = choice.how
+    return StoredMaps(path=beside, how=found)
 
 
 def _write(path: Path, data: bytes) -> None:

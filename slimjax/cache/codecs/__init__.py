@@ -43,6 +43,12 @@ def _of_width(only: int, make: Callable[..., Codec]) -> Callable[..., Codec]:
     return made
 
 
+def _by_head(scale: str) -> bool:
+    if scale not in ("head", "token"):
+        raise ValueError(f"codec 'int8': {scale=} is neither head nor token")
+    return scale == "head"
+
+
 # name -> what ``bits``, ``group`` and the options of ``codec`` make of it.
 CODECS: dict[str, Callable[..., Codec]] = {
     "float64": lambda: FloatCodec(kind="float64"),
@@ -50,7 +56,7 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "bf16": lambda: FloatCodec(kind="bf16"),
     "fp16": lambda: FloatCodec(kind="fp16"),
     "int16": lambda: IntegerCodec(bits=16, per_head=False),
-    "int8": _of_width(8, lambda: IntegerCodec(bits=8, per_head=True)),
+    "int8": _of_width(8, lambda scale="head": IntegerCodec(bits=8, per_head=_by_head(scale))),
     "fixed16": FixedCodec,
     "int4": lambda **options: AbsmaxCodec(bits=4, **options),
     "int3": lambda **options: AbsmaxCodec(bits=3, **options),
@@ -62,7 +68,9 @@ CODECS: dict[str, Callable[..., Codec]] = {
     "gear_l": lambda group=64, **options: GearL(group=group, **{"tile": group} | options),
     "xquant": XQuant,
     "turboquant": TurboQuantCodec,
+    "hadamard": HadamardCodec,
     "hadamard_int4": HadamardCodec,
+    "absmax": AbsmaxCodec,
 }
 
 
@@ -110,4 +118,8 @@ def _mixed(name: str, bits: str, chosen: dict[str, Any]) -> Codec:
 
 def codec_of(scheme: Scheme) -> Codec:
     """The codec that a scheme names, with its bits, group and options. Raises ValueError as ``codec`` does."""
+    if twice := {"name", "bits", "group"} & dict(scheme.options).keys():
+        raise ValueError(
+            f"option {min(twice)} of codec {scheme.codec!r} has a place of its own: codec[bits]/group"
+        )
     return codec(scheme.codec, bits=scheme.bits, group=scheme.group, **dict(scheme.options))

@@ -76,9 +76,9 @@ class TiledCodec(Codec):
     window: int = 0
 
     def __post_init__(self) -> None:
-        if self.tile < 1:
+        if not isinstance(self.tile, int) or self.tile < 1:
             raise ValueError(f"{self.tile=}: a tile has at least one token")
-        if self.window < 0 or self.window % self.tile:
+        if not isinstance(self.window, int) or self.window < 0 or self.window % self.tile:
             raise ValueError(f"{self.window=}: a buffer holds whole tiles of {self.tile} tokens")
 
     @property

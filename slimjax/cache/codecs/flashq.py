@@ -130,7 +130,7 @@ class FlashQ(TiledCodec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.margin > 0:
+        if not 0 < self.margin < math.inf:
             raise ValueError(f"{self.margin=}: the universal scale is multiplied by a positive number")
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"{self.bits=}: FlashQ stores 2, 3, 4 or 8 bits")
