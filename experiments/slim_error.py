@@ -30,6 +30,7 @@ from slimjax.scheme import Scheme, parse_scheme
 from slimjax.solve.augment import augmented, exact_solution
 from slimjax.solve.calibrate import Calibration, collect
 from slimjax.solve.convert import stored
+from slimjax.solve.fit import value_error
 from slimjax.solve.linear import condition_number, noise_gain
 from slimjax.solve.measure import first_layer_option
 from slimjax.solve.options import Layer, Option, option
@@ -218,7 +219,11 @@ def measuring(layers: Sequence[Layer], layer: Layer, calibration: Calibration) -
             raise NotImplementedError(found.refused)
         if scheme.basis not in SOLVED:
             return _figures(found)
-        return {**_figures(found), **predictors(exact(scheme.extra), layer, scheme, calibration)}
+        return {
+            **_figures(found),
+            **_chosen(found, layer, scheme, calibration),
+            **predictors(exact(scheme.extra), layer, scheme, calibration),
+        }
 
     return measure
 
@@ -234,6 +239,14 @@ def _figures(found: Option) -> dict[str, float]:
         **{name: value for name, value in optional.items() if value is not None},
         "bytes_per_token": found.bytes_per_token,
     }
+
+
+def _chosen(found: Option, layer: Layer, scheme: Scheme, calibration: Calibration) -> dict[str, float]:
+    """The chosen map's error of V alone: ``value_error`` is of K where K's own rounding is the larger."""
+    if found.solution is None:
+        return {}
+    spec = layer.under(scheme)
+    return {"chosen_error": value_error(calibration.held_out, layer.keys, layer.values, found.solution, spec)}
 
 
 @dataclass(frozen=True, eq=False)

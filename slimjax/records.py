@@ -64,6 +64,7 @@ METRICS = {
     "identity_error": "relative L2 error of the attention output in float64 from an exact cache, worst layer",
     "calibration_error": "value error on inputs that were fitted on",
     "exact_error": "value error of the exact inverse on held-out inputs",
+    "chosen_error": "value error of the map that calibration chooses on held-out inputs",
     "predicted_error": "attention error the conversion predicts, worst layer",
     "condition_number": "largest over smallest singular value of the inverted weights, worst layer",
     "noise_gain": "how many times larger a relative error of the cached rows is in what is rebuilt, white inputs",

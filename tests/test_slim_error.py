@@ -64,6 +64,7 @@ def test_every_scheme_is_a_row_of_every_layer(models, finished):
     for record in records:
         assert record.status == "ok", record.reason
         assert record.metrics["value_error"] > 0
+        assert record.metrics["value_error"] >= record.metrics.get("chosen_error", 0.0)
         assert ("noise_gain" in record.metrics) == (record.cell["basis"] == "k")
 
 
@@ -171,7 +172,8 @@ def made_up(models=("w",), *, scale=1.0):
                 by = scale if number and basis == "k" else 1.0
                 metrics = {"value_error": error * by, "bytes_per_token": size}
                 if exact is not None:
-                    metrics |= {"exact_error": exact[layer] * by, "calibration_error": 1e-4}
+                    metrics |= {"exact_error": exact[layer] * by, "chosen_error": error * by}
+                    metrics |= {"calibration_error": 1e-4}
                     metrics |= {"condition_number": 1e4, "noise_gain": 10.0, "rounding_error": 1e-4}
                 cell = {"experiment": "slim_error", "model": model, "layer": layer, "attention": "self"}
                 cell |= {"scheme": scheme, "basis": basis, "codec": codec, "extra": extra}

@@ -24,6 +24,7 @@ COLUMNS = {
     "identity_error": Column("float64 identity error", "error"),
     "calibration_error": Column("calibration error (relative L2)", "error"),
     "exact_error": Column("exact inverse, value error", "error"),
+    "chosen_error": Column("chosen map, value error", "error"),
     "predicted_error": Column("predicted attention error", "error"),
     "condition_number": Column("condition number", "large"),
     "logit_kl": Column("logit KL (nats)", "error"),
