@@ -56,7 +56,11 @@ def scores(
 def weigh(
     p: Scores, cached: Block, positions: Int[Array, "S"], weights: DecodeWeights, spec: DecodeSpec
 ) -> Float[Array, "B T N _"]:
-    """As basis k, of the surviving rows alone, turned back."""
+    """As basis k, of the surviving rows alone, turned back.
+
+    The reference turns all rows of the block back and zeroes the others: static shapes leave nothing to skip.
+    A kernel may skip whole rows; ``attention.sparsity`` says how many.
+    """
     keys = unrotate(cached["k"], positions[None], spec.position)
     if weights.k_bias is not None:
         keys = keys - weights.k_bias.astype(keys.dtype)[None, None]
