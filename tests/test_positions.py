@@ -8,7 +8,16 @@ import suites
 from hypothesis import given, strategies as st
 
 import oracle
-from slimjax.attention.positions import Position, alibi_slopes, bias, init_bias, rotate, t5_bucket, unrotate
+from slimjax.attention.positions import (
+    Position,
+    alibi_slopes,
+    bias,
+    init_bias,
+    rotate,
+    scores_of_one,
+    t5_bucket,
+    unrotate,
+)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -34,6 +43,19 @@ def test_rope_scores_depend_on_the_distance_only(x64):
 
     assert score(7, 3) == pytest.approx(score(1004, 1000), abs=1e-12)
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("group", [1, 3])
+def test_scores_of_one_query_are_products_with_rotated_keys(interleaved, group, x64):
+    position = Position(kind="rope", theta=500.0, interleaved=interleaved)
+    rng = np.random.default_rng(group)
+    q, k = rng.standard_normal((2, 1, 2 * group, 6)), rng.standard_normal((2, 5, 2, 6))
+    steps = 70 + np.arange(5)
+    turned = oracle.rotate(k, steps, 500.0, interleaved)
+    expected = np.einsum("bnh,bsnh->bns", q[:, 0], np.repeat(turned, group, axis=2))[:, :, None]
+    found = scores_of_one(jnp.asarray(q), jnp.asarray(k), jnp.asarray(steps)[None], position)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
 def test_rope_needs_pairs():

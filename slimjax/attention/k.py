@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from slimjax.attention.absorb import apply_heads, weigh_rows
 from slimjax.attention.pair import Pair, through
-from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import scores as head_scores, turned, weigh as weigh_heads
+from slimjax.attention.reference import turned, turned_scores, weigh as weigh_heads
 from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec, too_narrow
@@ -63,7 +62,7 @@ def scores(
     """Against the keys with their bias, rotated."""
     raw = cached["k"]
     biased = raw if weights.k_bias is None else raw + weights.k_bias.astype(raw.dtype)[None, None]
-    return head_scores(ready, rotate(biased, positions[None], spec.position))
+    return turned_scores(ready, biased, positions, spec)
 
 
 @typed

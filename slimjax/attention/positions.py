@@ -71,21 +71,49 @@ def rotate(
     """
     if not position.rotary:
         return x
-    size = x.shape[-1]
+    dtype = accumulation_dtype(x.dtype)
+    cos, sin = _table(positions, x.shape[-1], position, dtype)
+    first, second = _pairs(x.astype(dtype), position)
+    turned = first * cos - second * sin, second * cos + first * sin
+    if position.interleaved:
+        return jnp.stack(turned, axis=-1).reshape(x.shape)
+    return jnp.concatenate(turned, axis=-1)
+
+
+def _table(
+    positions: Int[Array, "#B T"], size: int, position: Position, dtype: jax.typing.DTypeLike
+) -> tuple[Float[Array, "#B T 1 H/2"], Float[Array, "#B T 1 H/2"]]:
+    """Cosine and sine of every pair's angle."""
     if size % 2:
         raise ValueError(f"RoPE turns pairs of coordinates and needs an even head size, got H={size}")
-    dtype = accumulation_dtype(x.dtype)
     frequency = jnp.asarray(position.theta ** (-np.arange(0, size, 2) / size), dtype)
     angle = positions.astype(dtype)[:, :, None, None] * frequency[None, None, None, :]
     # A table of its own, or XLA computes sine and cosine anew for every head and sequence.
-    cos, sin = jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
-    x = x.astype(dtype)
+    return jax.lax.optimization_barrier((jnp.cos(angle), jnp.sin(angle)))
+
+
+def _pairs(x: Float[Array, "... H"], position: Position) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """The coordinates that are turned into each other."""
     if position.interleaved:
-        first, second = x[..., 0::2], x[..., 1::2]
-        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return turned.reshape(x.shape)
+        return x[..., 0::2], x[..., 1::2]
     first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return first, second
+
+
+def scores_of_one(
+    q: Float[Array, "B 1 N H"], k: Float[Array, "B S K H"], positions: Int[Array, "#B S"], position: Position
+) -> Float[Array, "B N 1 S"]:
+    """The products of one rotated query per sequence with ``rotate(k)``, whose rows are never made.
+
+    Pair by pair, q . R k = (q1 k1 + q2 k2) cos + (q2 k1 - q1 k2) sin. For one query that is less work than turning
+    the keys, which XLA on CPU besides does while it copies them for the product: 4 to 9 times as long.
+    """
+    batch, _, heads, size = q.shape
+    cos, sin = (each[:, :, :, None] for each in _table(positions, size, position, k.dtype))
+    q1, q2 = _pairs(q.astype(k.dtype).reshape(batch, 1, k.shape[2], heads // k.shape[2], size), position)
+    k1, k2 = (each[:, :, :, None] for each in _pairs(k, position))
+    products = jnp.sum((k1 * q1 + k2 * q2) * cos + (k1 * q2 - k2 * q1) * sin, axis=-1)
+    return jnp.moveaxis(products, 1, -1).reshape(batch, heads, 1, k.shape[1])
 
 
 def unrotate(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from slimjax.attention import masks, positions
-from slimjax.attention.positions import BiasParameters, rotate
+from slimjax.attention.positions import BiasParameters, rotate, scores_of_one
 from slimjax.attention.softmax import softmax_of
 from slimjax.axes import Keys, Lengths, Queries, Scores, Values, typed
 from slimjax.kernels.spec import DecodeSpec
@@ -91,6 +91,14 @@ def scores(q: Queries, k: Keys) -> Scores:
     batch, tokens, heads, size = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], size)
     return einsum("btkgh,bskh->bkgts", grouped, k).reshape(batch, heads, tokens, k.shape[1])
+
+
+@typed
+def turned_scores(q: Queries, k: Keys, key_positions: Int[Array, "S"], spec: DecodeSpec) -> Scores:
+    """The same for keys that are cached unrotated, and rotated here."""
+    if q.shape[1] == 1 and spec.position.rotary and jax.default_backend() == "cpu":
+        return scores_of_one(q, k, key_positions[None], spec.position)
+    return scores(q, rotate(k, key_positions[None], spec.position))
 
 
 @typed

@@ -6,9 +6,8 @@ Values are cached without their bias, which lives in the output projection's.
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention.absorb import absorb_queries, bias_scores, row_scores
-from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import scores as head_scores, turned, weigh as weigh_heads
+from slimjax.attention.reference import turned, turned_scores, weigh as weigh_heads
 from slimjax.attention.x import Absorbed
 from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.cache import Streams
@@ -61,7 +60,7 @@ def scores(
         keys = einsum("bse,ekh->bskh", flat, _map(weights, spec).astype(flat.dtype))
         if weights.k_bias is not None:
             keys = keys + weights.k_bias.astype(keys.dtype)[None, None]
-        return head_scores(ready.q, rotate(keys, positions[None], spec.position))
+        return turned_scores(ready.q, keys, positions, spec)
     raw = row_scores(ready.q, flat)
     return raw if ready.bias is None else raw + ready.bias
 

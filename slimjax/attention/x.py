@@ -7,9 +7,8 @@ than kv (D values per token against 2*E).
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention.absorb import absorb_queries, apply_heads, bias_scores, row_scores, weigh_rows
-from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights, Projections, project
-from slimjax.attention.reference import scores as head_scores, turned, weigh as weigh_heads
+from slimjax.attention.reference import turned, turned_scores, weigh as weigh_heads
 from slimjax.axes import Block, Inputs, Queries, Scores, typed
 from slimjax.cache import Streams
 from slimjax.kernels.spec import DecodeSpec
@@ -68,7 +67,7 @@ def scores(
     row = _row(cached)
     if spec.scheme.option == 1:
         keys = project(row, _projection(weights.wk, spec), weights.k_bias, row.dtype)
-        return head_scores(ready.q, rotate(keys, positions[None], spec.position))
+        return turned_scores(ready.q, keys, positions, spec)
     raw = row_scores(ready.q, row)
     return raw if ready.bias is None else raw + ready.bias
 

@@ -103,7 +103,7 @@ def _coordinates_table(named: Groups) -> Table:
         Column("chosen map, held-out", "error"),
         Column(f"layers within {scientific(TOLERATED, 0)}", "plain"),
     )
-    note = "Relative L2 of V, worst layer. The exact map needs no calibration. The last column counts K's rounding, too."
+    note = "Relative L2 of V, worst layer. The exact map needs no calibration. The last column counts K's rounding."
     return Table("Extra coordinates", columns, tuple(rows), (), note, (), 3)
 
 
