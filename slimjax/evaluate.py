@@ -2,7 +2,8 @@
 
 ``prepare`` measures the exact model once; ``identity`` and ``measure`` hold a scheme against it. Everything
 goes through ``attend_cached``, teacher-forced: each token's row is written, rounded by the codec, and read
-back by that token and all later ones, as in decoding, but for whole sequences at once.
+back by that token and all later ones, as in decoding, but for whole sequences at once: what one token at a time
+gives, also under codecs of tiles, none of which is a prompt's then.
 """
 
 import dataclasses
@@ -276,7 +277,7 @@ def greedy_length(reference: Reference, logits: Float[Array, "B T V"]) -> float:
 def cached_logits(
     model: DecoderLM, layers: Sequence[CachedAttention], tokens: Int[Array, "B T"], probes: Sequence[Inputs]
 ) -> tuple[Float[Array, "B T V"], list[Inputs]]:
-    """As ``model.with_cache`` on empty caches; besides, what each layer's attention makes of its probe.
+    """As ``model.with_cache`` on empty caches, as decoding token by token; and each layer's answer to its probe.
 
     Layer by layer rather than as one program, because layers of one shape and spec then share one
     compilation; and the probes [P, T, D] ride in the tokens' batch so that they need none of their own.

@@ -12,6 +12,7 @@ import pytest
 import oracle
 from slimjax import DecodeSpec, Position, parse_scheme
 from slimjax.attention.bases import basis
+from slimjax.attention.blocks import SLOTS
 from slimjax.attention.compute import compute_of
 from slimjax.attention.layer import attend_cached, init_cache, prefill
 from slimjax.attention.projections import DecodeWeights, Projections
@@ -45,10 +46,10 @@ def arrays(*shapes, seed=0):
 def cache_of(spec, k, v, chunks, lengths=LENGTHS):
     """Keys and values cached in chunks, each sequence to its length."""
     cache = init_cache(spec, batch=len(lengths), capacity=96)
-    for first, last in itertools.pairwise((0, *np.cumsum(chunks))):
+    for first, last in itertools.pairwise((0, *np.cumsum(chunks))):  # the first is a prompt
         count = np.clip(np.array(lengths) - first, 0, last - first)
         part = {"k": jnp.asarray(k[:, first:last]), "v": jnp.asarray(v[:, first:last])}
-        cache = append(cache, part, codec_of(spec.scheme), jnp.asarray(count, jnp.int32))
+        cache = append(cache, part, codec_of(spec.scheme), jnp.asarray(count, jnp.int32), prompt=not first)
     return cache
 
 
@@ -61,15 +62,30 @@ def integer_tiles(cache, spec, sequence, head):
         tiles = made.integers(stored.tiles)
         codes = [np.asarray(tiles.codes)[sequence, i, :, head].astype(int) for i in range(whole // made.tile)]
         scales = [float(tiles.scale[sequence, i, head]) for i in range(whole // made.tile)]
+        buffer, marks = (
+            np.asarray(stored.buffer)[sequence, :, head],
+            np.asarray(stored.scales)[sequence, :, head, 0],
+        )
         for at in range(0, length - whole, made.tile):
-            codes.append(
-                np.asarray(stored.buffer)[
-                    sequence, at : at + min(made.tile, length - whole - at), head
-                ].astype(int)
-            )
-            scales.append(float(stored.scale[sequence, 0, head, 0]))
+            end = at + min(made.tile, length - whole - at)
+            codes.append(buffer[at:end].astype(int))
+            scales.append(float(marks[at]))
+            assert np.all(marks[at:end] == marks[at])
         found[name] = (codes, scales)
     return [(k, k_scale, v, v_scale) for k, k_scale, v, v_scale in zip(*found["k"], *found["v"], strict=True)]
+
+
+def one_by_one(queries, tiles, length, **options):
+    """The last queries of a sequence, each a tile of its own."""
+    first = length - len(queries)
+    return np.concatenate(
+        [
+            oracle_turbo.attend(
+                queries[t : t + 1], tiles, lambda _, s, t=t: s <= first + t, scale=8**-0.5, **options
+            )
+            for t in range(len(queries))
+        ]
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -79,17 +95,29 @@ def integer_tiles(cache, spec, sequence, head):
 def test_decoding_is_a_prefill_over_the_same_codes(codec, kv_heads):
     spec = spec_of(f"kv:{codec}/32", kv_heads)
     k, v, q = arrays((3, 75, kv_heads, 8), (3, 75, kv_heads, 8), (3, 2, 4, 8))
-    cache = cache_of(spec, k, v, (40, 24, 11))
+    cache = cache_of(spec, k, v, (64, 11) if "window" in codec else (40, 24, 11))
     out = np.asarray(jax.jit(decode, static_argnums=3)(jnp.asarray(q), cache, DecodeWeights(), spec))
     for sequence, length in enumerate(LENGTHS):
         for head in range(4):
-            expected = oracle_turbo.attend(
-                q[sequence, :, head],
-                integer_tiles(cache, spec, sequence, head // (4 // kv_heads)),
-                lambda t, s, length=length: s <= length - 2 + t,
-                scale=8**-0.5,
+            expected = one_by_one(
+                q[sequence, :, head], integer_tiles(cache, spec, sequence, head // (4 // kv_heads)), length
             )
             np.testing.assert_allclose(out[sequence, :, head], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_under_a_scale_that_grew_weigh_what_they_are():
+    """Before anything is encoded every token has the scale of its time: integer products against float ones."""
+    spec = spec_of("kv:flashq8/32")
+    k, v, q = arrays((3, 20, 2, 8), (3, 20, 2, 8), (3, 1, 4, 8))
+    size = np.logspace(-1.5, 0.5, 20, dtype=np.float32)[None, :, None, None]
+    cache = cache_of(spec, k * size, v * size, (1,) * 20, (20, 20, 1))
+    marks = np.asarray(cache.streams["v"].scales)[0, :20, 0, 0]
+    assert marks[-1] > 10 * marks[0]
+    whole, plain = (
+        np.asarray(decode(jnp.asarray(q), cache, DecodeWeights(), spec_of(f"kv:flashq8/32{how}")))
+        for how in ("", "#float")
+    )
+    assert 0 < np.linalg.norm(whole - plain) < 0.02 * np.linalg.norm(plain)
 
 
 OPTIONS = {
@@ -122,15 +150,13 @@ def test_what_the_paper_leaves_open(options):
     out = np.asarray(decode(jnp.asarray(q), cache, DecodeWeights(), spec))
     plain = np.asarray(decode(jnp.asarray(q), cache, DecodeWeights(), spec_of("kv:flashq4/32")))
     for sequence, length in enumerate(LENGTHS):
-        expected = oracle_turbo.attend(
-            q[sequence, :, 3],
-            integer_tiles(cache, spec, sequence, 1),
-            lambda t, s, length=length: s <= length - 2 + t,
-            scale=8**-0.5,
-            **OPTIONS[options],
-        )
+        tiles = integer_tiles(cache, spec, sequence, 1)
+        expected = one_by_one(q[sequence, :, 3], tiles, length, **OPTIONS[options])
         np.testing.assert_allclose(out[sequence, :, 3], expected, rtol=1e-4, atol=1e-5)
-    assert not options or np.abs(out - plain).max() > 1e-4  # an option that changes nothing is not there
+    if options == "#int8(p=row)":  # one query is a tile of its own here; a prompt's tiles hold more
+        np.testing.assert_array_equal(out, plain)
+    else:
+        assert not options or np.abs(out - plain).max() > 1e-4  # an option that changes nothing is not there
 
 
 @pytest.mark.parametrize("tokens", [9, 40])
@@ -167,6 +193,26 @@ def test_a_prompt_on_itself(tokens, position):
             np.testing.assert_allclose(
                 out[sequence, at : at + rows, head], expected[:rows], rtol=2e-3, atol=2e-4
             )
+
+
+def test_weights_of_a_prompt_may_have_a_scale_for_each_query():
+    """It tells in the second tile of keys, where a query's largest weight so far need not be."""
+    q, k, v = arrays((1, 32, 4, 8), (1, 32, 2, 8), (1, 32, 2, 8), seed=2)
+    steps = jnp.arange(32, dtype=jnp.int32)[None]
+    outs = []
+    for how in ("row", "tile"):
+        spec = spec_of(f"kv:flashq4/32#int8(p={how},tile=16)")
+        where = geometry(steps, steps[0], jnp.full((1,), 32, jnp.int32), None, spec)
+        outs.append(np.asarray(compute_of(spec).attend(*map(jnp.asarray, (3 * q, k, v)), where, spec)))
+        tiles = [
+            (*oracle_turbo.quantise(k[0, at : at + 16, 1]), *oracle_turbo.quantise(v[0, at : at + 16, 1]))
+            for at in (0, 16)
+        ]
+        expected = oracle_turbo.attend(
+            3 * q[0, 16:, 3], tiles, lambda t, s: s <= 16 + t, scale=8**-0.5, p=how
+        )
+        np.testing.assert_allclose(outs[-1][0, 16:, 3], expected, rtol=2e-3, atol=2e-4)
+    assert np.abs(outs[0] - outs[1]).max() > 1e-4
 
 
 def _layer(scheme, **fields):
@@ -210,6 +256,16 @@ def test_what_padding_holds_does_not_matter(scheme):
         np.testing.assert_array_equal(here[0], there[0])
     np.testing.assert_array_equal(outs[0][0][1, :6], outs[1][0][1, :6])
     np.testing.assert_array_equal(outs[0][1][1, :2], outs[1][1][1, :2])
+
+
+def test_sage_rounds_weights_before_they_are_divided():
+    """40,000 equal weights: 1 each in float16 and exact, where 1/40,000 would be rounded by a thousandth."""
+    spec = spec_of("kv:bf16#sage(tile=4096)")
+    q, k = jnp.ones((1, 1, 4, 8)), jnp.zeros((1, 40_000, 2, 8))
+    last = jnp.full((1, 1), 39_999, jnp.int32)
+    where = geometry(last, jnp.arange(40_000, dtype=jnp.int32), last[0] + 1, None, spec)
+    out = compute_of(spec).attend(q, k, jnp.ones_like(k), where, spec)
+    np.testing.assert_allclose(out, 1, atol=1e-6)
 
 
 def _equations(jaxpr):
@@ -279,6 +335,24 @@ def test_a_step_never_decodes_the_whole_cache(scheme):
     decoded = slots * 4 * sum(heads * size for heads, size in basis(spec).streams(spec).values())
     # XLA on CPU copies what a loop reads, as it is stored; that is not of our making.
     assert compiled.memory_analysis().temp_size_in_bytes < cache.nbytes + decoded / 4
+    widest = max(heads * size for heads, size in basis(spec).streams(spec).values())
+    for tokens in (1, 2):
+        x = jax.ShapeDtypeStruct((1, tokens, 128), jnp.float32)
+        step = jax.make_jaxpr(attend_cached)(x, layer, cache)
+        floats = [
+            variable.aval
+            for equation in _equations(step.jaxpr)
+            for variable in equation.outvars
+            if jnp.issubdtype(getattr(variable.aval, "dtype", jnp.int8), jnp.floating)
+            and variable.aval.shape not in _kept(cache)
+        ]
+        # A block's rows, and all scores; no floats of the cache's size but those it is made of.
+        assert max(each.size for each in floats) <= max(2 * SLOTS * widest, 4 * tokens * slots)
+
+
+def _kept(cache):
+    """Shapes of what a cache itself stores in floats: appending makes the longer one of it."""
+    return {leaf.shape for leaf in jax.tree.leaves(cache) if jnp.issubdtype(leaf.dtype, jnp.floating)}
 
 
 @pytest.mark.parametrize(

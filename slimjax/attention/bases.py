@@ -65,7 +65,10 @@ def basis(spec: DecodeSpec) -> Basis:
     name = spec.scheme.basis
     if name not in BASES:
         raise NotImplementedError(f"scheme {spec.scheme}: basis {name!r} is not implemented for this layer")
-    reason = BASES[name].refusal(spec) or codec_of(spec.scheme).refusal(name)
+    method = BASES[name]
+    reason = method.refusal(spec) or codec_of(spec.scheme).refusal(
+        name, method.streams(spec), 2 * spec.key_width
+    )
     if reason:
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
-    return BASES[name]
+    return method

@@ -5,7 +5,7 @@ all blocks. Scores take N*T*C values per sequence, a cache hundreds of times tha
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,14 @@ from jaxtyping import Array, Int
 from slimjax.attention.bases import basis
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.reference import Geometry, weights as score_weights
-from slimjax.axes import Block, Queries, Scores, typed
-from slimjax.cache import Cache, TiledCodec, codec_of, read
+from slimjax.axes import Block, Lengths, Queries, Scores, typed
+from slimjax.cache import Cache, Codec, TiledCodec, codec_of, in_tiles, read, read_at, read_both
 from slimjax.kernels.spec import DecodeSpec
 
 Carry = TypeVar("Carry")
+
+# Decoded rows of ``size`` slots from ``start`` on.
+Held = Callable[[Int[Array, ""] | int, int], Block]
 
 SLOTS = 1024  # of a block, about; a cache that has no more is one block
 
@@ -31,6 +34,8 @@ def decode(q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, sp
     unit = codec.span if isinstance(codec, TiledCodec) else 1
     size = min(cache.capacity, max(SLOTS // unit, 1) * unit)
     positions = where.key_positions
+    if cache.recent is not None and isinstance(codec, TiledCodec):
+        return _decode_recent(ready, cache, where, weights, spec, size)
 
     def block(start: Int[Array, ""] | int, count: int) -> tuple[Block, Int[Array, "S"]]:
         rows = read(cache, codec, spec.accumulation, start=start, size=count)
@@ -52,6 +57,74 @@ def decode(q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, sp
         return method.weigh(part, *block(start, count), weights, spec)
 
     return method.finish(total(cache.capacity, size, weigh), weights, spec).astype(spec.dtype)
+
+
+def _decode_recent(
+    ready: Any, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec, size: int
+) -> Queries:
+    """Queries of tokens just appended: each finds in tiles what was in tiles when it came, the rest as buffered.
+
+    Every block is scored and weighed both ways, and each query keeps of each key the way that was its own.
+    """
+    method, codec = basis(spec), codec_of(spec.scheme)
+    assert isinstance(codec, TiledCodec)
+    done = in_tiles(codec, where.query_positions, where.key_positions)[:, None]
+
+    def part(array: Array, start: Int[Array, ""] | int, count: int) -> Array:
+        return jax.lax.dynamic_slice_in_dim(array, start, count, axis=array.ndim - 1)
+
+    def scores(start: Int[Array, ""] | int, count: int) -> Scores:
+        at = part(where.key_positions, start, count)
+        old, held = (
+            method.scores(ready, rows, at, weights, spec)
+            for rows in read_both(cache, codec, spec.accumulation, start=start, size=count)
+        )
+        return jnp.where(part(done, start, count), old, held)
+
+    p = score_weights(each(cache.capacity, size, scores), where, spec)
+    zero = jnp.zeros_like(p)
+
+    def weigh(start: Int[Array, ""] | int, count: int) -> Array:
+        at = part(where.key_positions, start, count)
+        rows = read_both(cache, codec, spec.accumulation, start=start, size=count)
+        old, held = (
+            method.weigh(part(mine, start, count), each_, at, weights, spec)
+            for mine, each_ in zip((jnp.where(done, p, zero), jnp.where(done, zero, p)), rows, strict=True)
+        )
+        return old + held
+
+    return method.finish(total(cache.capacity, size, weigh), weights, spec).astype(spec.dtype)
+
+
+def as_held(
+    q: Queries,
+    cache: Cache,
+    codec: Codec,
+    where: Geometry,
+    meet: Callable[[Queries, Held, Geometry], Queries],
+) -> Queries:
+    """Attention in which keys share a scale, and so must be taken together as they were when a query came.
+
+    Queries of tokens just appended (``cache.recent``) meet them one after the other, each the tokens up to its own.
+    """
+
+    def held(at: Lengths | None) -> Held:
+        def rows(start: Int[Array, ""] | int, count: int) -> Block:
+            if at is None:
+                return read(cache, codec, jnp.float32, start=start, size=count)
+            return read_at(cache, codec, jnp.float32, at, start=start, size=count)
+
+        return rows
+
+    if cache.recent is None:
+        return meet(q, held(None), where)
+
+    def one(index: Int[Array, ""]) -> Queries:
+        here = where.query(index)
+        at = jnp.minimum(here.query_positions[:, 0] + 1, cache.length)
+        return meet(jax.lax.dynamic_slice_in_dim(q, index, 1, axis=1), held(at), here)
+
+    return jnp.swapaxes(jax.lax.map(one, jnp.arange(q.shape[1], dtype=jnp.int32))[:, :, 0], 0, 1)
 
 
 def each(slots: int, size: int, scores: Callable[[Int[Array, ""] | int, int], Scores]) -> Scores:

@@ -64,7 +64,7 @@ def fill(memory: Memory, layer: CachedAttention, cache: Cache, *, count: Lengths
         count: [B], positions of each memory that count; None: all S.
     """
     _check(layer.spec)
-    return append_rows(memory, layer, cache, count)
+    return append_rows(memory, layer, cache, count, prompt=True)
 
 
 @typed

@@ -14,16 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8 as Int8Of
 
-from slimjax.attention.blocks import fold
+from slimjax.attention.blocks import Held, as_held, fold
+from slimjax.attention.integer_tiles import Tile, Tiles, stored_tiles, tile_of
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.reference import Geometry
 from slimjax.attention.softmax import Exponential, exponential_of
 from slimjax.axes import Keys, Queries, Values
-from slimjax.cache import Cache, TiledCodec, codec_of, read
-from slimjax.cache.codecs.base import IntegerTile
+from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.cache.codecs.flashq import quantise
-from slimjax.cache.tiled import TiledRows, buffered
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree
@@ -32,9 +31,6 @@ TILE = 64
 _P_SCALES = ("tile", "static", "row")
 _DENOMINATORS = ("before", "after")
 _RESCALES = ("exact", "softmax")
-
-# Keys and values of ``size`` slots from ``start`` on.
-Tiles = Callable[[Int[Array, ""] | int, int], tuple[IntegerTile, IntegerTile]]
 
 
 @pytree
@@ -52,11 +48,12 @@ class Integer:
 
     Attributes:
         p: what P, at most 1, is scaled by: its maximum in a tile of queries and keys over 119 ("tile"), 1/127
-            ("static"), or each query's own maximum in the tile over 119 ("row").
+            ("static"), or each query's own maximum in the tile over 119 ("row"). Of a cache every query is a tile of
+            its own, so that "tile" and "row" are one there.
         denominator: the sum of P before or after its rounding to INT8.
         rescale: the factor of what was summed under a lower maximum: an exact exponential, or the softmax's own
             (SAS where that is chosen).
-        tile: queries of a tile, and keys where they are quantised here: of a prompt, and of a cache without
+        tile: queries of a prompt's tile, and keys where they are quantised here: of a prompt, and of a cache without
             INT8 tiles. 0: as many as the codec's tiles have, 64 where it has none.
     """
 
@@ -83,30 +80,36 @@ class Integer:
     def decode(
         self, q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec
     ) -> Queries:
-        """Attention of unrotated queries on a kv cache; output in ``spec.dtype``."""
+        """Attention of unrotated queries on a kv cache; output in ``spec.dtype``. Every query is a tile of its own."""
         codec = codec_of(spec.scheme)
         where = where.without_padding(cache.length, spec)
         if isinstance(codec, TiledCodec) and codec.integral:
-            return self._attend(q, _from_codes(cache, codec), cache.capacity, codec.tile, where, spec)
-
-        def tiles(start: Int[Array, ""] | int, count: int) -> tuple[IntegerTile, IntegerTile]:
-            rows = read(cache, codec, jnp.float32, start=start, size=count)
-            return _tile(rows["k"]), _tile(rows["v"])
-
+            tiles = stored_tiles(cache, codec, where.query_positions)
+            return self._attend(q, tiles, cache.capacity, codec.tile, 1, where, spec)
         size = codec.span if isinstance(codec, TiledCodec) else self._tokens(spec)
-        return self._attend(q, tiles, cache.capacity, size, where, spec)
+
+        def meet(q: Queries, held: Held, where: Geometry) -> Queries:
+            def tiles(start: Int[Array, ""] | int, count: int) -> tuple[Tile, ...]:
+                rows = held(start, count)
+                return (tile_of(rows["k"], rows["v"]),)
+
+            return self._attend(q, tiles, cache.capacity, size, 1, where, spec)
+
+        return as_held(q, cache, codec, where, meet)
 
     def attend(self, q: Queries, k: Keys, v: Values, where: Geometry, spec: DecodeSpec) -> Queries:
         """Attention of unrotated queries on rotated keys and on values, quantised here; in ``spec.dtype``."""
         seen = jnp.any(where.mask, axis=(1, 2))[:, :, None, None]
         keys, values = (jnp.where(seen, each, jnp.zeros_like(each)) for each in (k, v))
 
-        def tiles(start: Int[Array, ""] | int, count: int) -> tuple[IntegerTile, IntegerTile]:
-            part = (jax.lax.dynamic_slice_in_dim(each, start, count, axis=1) for each in (keys, values))
-            first, second = part
-            return _tile(first), _tile(second)
+        def tiles(start: Int[Array, ""] | int, count: int) -> tuple[Tile, ...]:
+            first, second = (
+                jax.lax.dynamic_slice_in_dim(each, start, count, axis=1) for each in (keys, values)
+            )
+            return (tile_of(first, second),)
 
-        return self._attend(q, tiles, k.shape[1], self._tokens(spec), where, spec)
+        size = self._tokens(spec)
+        return self._attend(q, tiles, k.shape[1], size, size, where, spec)
 
     def _tokens(self, spec: DecodeSpec) -> int:
         """Tokens of a tile: as chosen, or the codec's own."""
@@ -114,11 +117,12 @@ class Integer:
         return self.tile or (codec.tile if isinstance(codec, TiledCodec) and codec.integral else TILE)
 
     def _attend(
-        self, q: Queries, tiles: Tiles, slots: int, size: int, where: Geometry, spec: DecodeSpec
+        self, q: Queries, tiles: Tiles, slots: int, size: int, rows: int, where: Geometry, spec: DecodeSpec
     ) -> Queries:
+        """Tiles of ``size`` slots and of at most ``rows`` queries."""
         batch, tokens, heads, width = q.shape
         turned = rotate(where.seeing(q), where.query_positions, spec.position)
-        queries, q_scale = _query_tiles(turned, spec, self._tokens(spec))
+        queries, q_scale = _query_tiles(turned, spec, rows)
         count, rows = queries.shape[1:3]
         shape = (batch, spec.kv_heads, spec.group, count, rows)
         state = _State(
@@ -130,11 +134,17 @@ class Integer:
         assert exponential is not None  # refused before
 
         def step(state: _State, start: Int[Array, ""] | int, count: int) -> _State:
-            k, v = tiles(start, count)
-            raw = _int_dot("bqtkgh,bskh->bkgqts", queries, k.codes).astype(jnp.float32)
-            raw = raw * q_scale * _per_head(k.scale)
-            scores, mask = _masked(raw, where, spec, start, count)
-            return self._online(state, scores, mask, v, exponential)
+            found = tiles(start, count)
+
+            def score(tile: Tile) -> Array:
+                return (
+                    _int_dot("bqtkgh,bskh->bkgqts", queries, tile.k).astype(jnp.float32)
+                    * q_scale
+                    * tile.k_scale
+                )
+
+            scores, mask = _masked(_chosen(found, score), where, spec, start, count)
+            return self._online(state, scores, mask, found, exponential)
 
         state = fold(slots, size, step, state)
         out = state.out / jnp.where(state.total == 0, jnp.ones_like(state.total), state.total)
@@ -146,7 +156,7 @@ class Integer:
         state: _State,
         scores: Float[Array, "B K G Q T S"],
         mask: Bool[Array, "B #K #G Q T S"],
-        v: IntegerTile,
+        tiles: tuple[Tile, ...],
         exponential: Exponential,
     ) -> _State:
         """One tile of keys taken into account."""
@@ -155,14 +165,18 @@ class Integer:
         p = jnp.where(mask, exponential(peak - masked), jnp.zeros_like(scores))
         fall = peak - state.peak
         factor = jnp.exp(-fall) if self.rescale == "exact" else jnp.where(fall == 0, 1.0, exponential(fall))
-        codes, scale = self._quantise_p(p)
-        rounded = codes.astype(jnp.float32) * scale
-        share = jnp.sum(p if self.denominator == "before" else rounded, axis=-1, keepdims=True)
-        weighed = _int_dot("bkgqts,bskh->bkgqth", codes, v.codes).astype(jnp.float32)
+        share = _chosen(tiles, lambda tile: tile.share)
+        codes, scale = self._quantise_p(p * share)
+        summed = p if self.denominator == "before" else codes.astype(jnp.float32) * scale / share
+
+        def weigh(tile: Tile) -> Array:
+            weighed = _int_dot("bkgqts,bskh->bkgqth", codes, tile.v).astype(jnp.float32)
+            return weighed * scale * tile.v_scale
+
         return _State(
             peak=peak,
-            total=factor * state.total + share,
-            out=factor * state.out + weighed * scale * _per_head(v.scale),
+            total=factor * state.total + jnp.sum(summed, axis=-1, keepdims=True),
+            out=factor * state.out + _chosen(tiles, weigh),
         )
 
     def _quantise_p(
@@ -175,35 +189,6 @@ class Integer:
             peak = jnp.max(p, axis=(-2, -1) if self.p == "tile" else -1, keepdims=True)
             scale = jnp.where(peak == 0, jnp.ones_like(peak), peak / 119)
         return jnp.round(p / scale).astype(jnp.int8), scale
-
-
-def _from_codes(cache: Cache, codec: TiledCodec) -> Tiles:
-    """Tiles of a FlashQ cache: codes expanded in integers, the newest ones from the buffer."""
-
-    def tile(stored: TiledRows, start: Int[Array, ""] | int, count: int) -> IntegerTile:
-        index = start // codec.tile
-        codes = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis=1), stored.tiles)
-        found = codec.integers(codes)
-        held = jax.lax.dynamic_slice_in_dim(stored.buffer, start % codec.span, count, axis=1)
-        newest = buffered(cache.length, codec.span, start // codec.span * codec.span, codec.span)
-        assert stored.scale is not None  # an integer buffer has one
-        scale = jnp.where(newest, stored.scale[:, 0, :, 0], found.scale[:, 0])
-        # What no token was written to may hold anything, and 0 times NaN is NaN.
-        used = (start < cache.length)[:, None]
-        return IntegerTile(
-            codes=jnp.where(newest[:, :, None, None], held, found.codes[:, 0]),
-            scale=jnp.where(used, scale, jnp.zeros_like(scale)),
-        )
-
-    return lambda start, count: (
-        tile(cache.streams["k"], start, count),
-        tile(cache.streams["v"], start, count),
-    )
-
-
-def _tile(rows: Float[Array, "B S K H"]) -> IntegerTile:
-    codes, scale = quantise(rows.astype(jnp.float32))
-    return IntegerTile(codes=codes, scale=scale)
 
 
 def _query_tiles(
@@ -244,8 +229,13 @@ def _masked(
     return scores, part(where.mask)
 
 
-def _per_head(scale: Float[Array, "B K"]) -> Float[Array, "B K 1 1 1 1"]:
-    return scale[:, :, None, None, None, None]
+def _chosen(tiles: tuple[Tile, ...], value: Callable[[Tile], Array]) -> Array:
+    """A value of the first tile, or for each query of the tile that is its own."""
+    found = value(tiles[0])
+    for tile in tiles[1:]:
+        assert tile.mine is not None  # of all but the first
+        found = jnp.where(tile.mine, value(tile), found)
+    return found
 
 
 def _int_dot(subscripts: str, first: Int8Of[Array, "..."], second: Int8Of[Array, "..."]) -> Int[Array, "..."]:

@@ -1,5 +1,7 @@
 """One attention layer, from its inputs to its output: without a cache, filling one, and through one."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool
@@ -109,33 +111,54 @@ def prefill(
     compute = None if compute_text(spec.scheme) == "float" else compute_of(spec)
     out = attend_full(x, layer.projections, spec, length=count, compute=compute)
     out = jnp.where(held[:, None, None], jnp.full_like(out, jnp.nan), out)
-    return out, append_rows(x, layer, cache, count)
+    return out, append_rows(x, layer, cache, count, prompt=True)
 
 
 @typed
 def attend_cached(
-    x: Inputs, layer: CachedAttention, cache: Cache, *, count: Lengths | None = None
+    x: Inputs,
+    layer: CachedAttention,
+    cache: Cache,
+    *,
+    count: Lengths | None = None,
+    prompt: bool = False,
 ) -> tuple[Inputs, Cache]:
     """Append T tokens, then attend to everything *through the cache*: decoding, later chunks, evaluation.
+
+    T tokens in one call are T calls of one token, in codes and, up to the order of sums, in outputs: a query sees
+    the cache as it was when its own token had just been held, also where codes of several tokens depend on each
+    other (tiles, whose newest tokens wait in a buffer). So an evaluation of whole texts stands for decoding. As a
+    ``prompt`` the tokens are read likewise, but stored as ``prefill`` stores them.
 
     Args:
         x: [B, T, D], any T >= 1.
         layer: the converted layer.
         cache: what came before.
         count: [B], tokens of each right-padded sequence; None: all T.
+        prompt: the tokens are (a further part of) a prompt; see ``append``. No difference but under codecs of
+            tiles.
 
     Returns:
         The layer's output (rows past ``count`` are meaningless) and the longer cache.
     """
     spec = layer.spec
     q = project(x, layer.projections.wq, layer.projections.bq, spec.dtype).astype(spec.dtype)
-    longer = append_rows(x, layer, cache, count)
+    longer = append_rows(x, layer, cache, count, prompt=prompt, keep=spec.causal and x.shape[1] > 1)
     out = decode(q, longer, layer.weights, spec, start=cache.length)
+    longer = dataclasses.replace(longer, recent=None)
     return project_out(out, layer.projections.wo, layer.projections.bo, spec.dtype), longer
 
 
-def append_rows(x: Inputs, layer: CachedAttention, cache: Cache, count: Lengths | None) -> Cache:
-    """The cache with the rows of x behind what it held."""
+def append_rows(
+    x: Inputs,
+    layer: CachedAttention,
+    cache: Cache,
+    count: Lengths | None,
+    *,
+    prompt: bool = False,
+    keep: bool = False,
+) -> Cache:
+    """The cache with the rows of x behind what it held; ``prompt`` and ``keep`` as in ``append``."""
     positions = cache.length[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None, :]
     rows = basis(layer.spec).rows(x, layer.projections, layer.weights, positions, layer.spec)
-    return append(cache, rows, codec_of(layer.spec.scheme), count)
+    return append(cache, rows, codec_of(layer.spec.scheme), count, prompt=prompt, keep=keep)

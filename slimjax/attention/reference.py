@@ -40,6 +40,19 @@ class Geometry:
         """With fewer visible keys."""
         return dataclasses.replace(self, mask=self.mask & mask)
 
+    def query(self, index: Int[Array, ""] | int) -> "Geometry":
+        """Of one query of each sequence."""
+
+        def part(array: Array, axis: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(array, index, 1, axis=axis)
+
+        return dataclasses.replace(
+            self,
+            query_positions=part(self.query_positions, 1),
+            mask=part(self.mask, 2),
+            bias=None if self.bias is None else part(self.bias, 2),
+        )
+
     def without_padding(self, length: Lengths, spec: DecodeSpec) -> "Geometry":
         """Nothing is visible to queries past each length: padding of a chunk of self-attention."""
         if not spec.causal:

@@ -1,26 +1,27 @@
 """Attention in SageAttention's style: INT8 scores from keys without their mean, P V in float16 (arXiv 2410.02367).
 
 The mean of the keys over tokens adds the same number to every score of a query, which a softmax does not see;
-without it the keys' outlier channels no longer take the INT8 range. P and V are rounded to float16 instead.
+without it the keys' outlier channels no longer take the INT8 range. P and V are rounded to float16 instead: P
+before it is divided by its sum, so that its largest value is 1 and the small weights of long contexts are not lost.
+The published kernel's P is relative to the maximum so far, ours to the query's maximum over all keys.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from slimjax.attention.blocks import each, fold, total
+from slimjax.attention.blocks import Held, as_held, each, fold, total
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.reference import Geometry, scores as head_scores, weigh, weights as score_weights
 from slimjax.axes import Keys, Queries, Values
-from slimjax.cache import Cache, TiledCodec, codec_of, read
+from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.kernels.spec import DecodeSpec
 
 LIMIT = 127
-Rows = Callable[[Int[Array, ""] | int, int], Mapping[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,11 +52,12 @@ class Sage:
         codec = codec_of(spec.scheme)
         where = where.without_padding(cache.length, spec)
 
-        def rows(start: Int[Array, ""] | int, count: int) -> Mapping[str, Array]:
-            return read(cache, codec, jnp.float32, start=start, size=count)
-
         size = codec.span if isinstance(codec, TiledCodec) else self.tile
-        return self._attend(q, rows, cache.capacity, size, where, spec)
+
+        def meet(q: Queries, held: Held, where: Geometry) -> Queries:
+            return self._attend(q, held, cache.capacity, size, where, spec)
+
+        return as_held(q, cache, codec, where, meet)
 
     def attend(self, q: Queries, k: Keys, v: Values, where: Geometry, spec: DecodeSpec) -> Queries:
         """Attention of unrotated queries on rotated keys and on values; in ``spec.dtype``."""
@@ -73,7 +75,7 @@ class Sage:
         return self._attend(q, rows, k.shape[1], self.tile, where, spec)
 
     def _attend(
-        self, q: Queries, rows: Rows, slots: int, size: int, where: Geometry, spec: DecodeSpec
+        self, q: Queries, rows: Held, slots: int, size: int, where: Geometry, spec: DecodeSpec
     ) -> Queries:
         turned = rotate(where.seeing(q).astype(jnp.float32), where.query_positions, spec.position)
         queries = jnp.concatenate(
@@ -97,12 +99,15 @@ class Sage:
         # Not through the compute dtype: float16 is what P is rounded to here.
         wide = dataclasses.replace(spec, dtype="float32")
         p = score_weights(each(slots, size, scores), where, wide)
+        # exp(score - maximum) is P over its own maximum, whatever the softmax is.
+        peak = jnp.max(p, axis=-1, keepdims=True)
+        p = p / jnp.where(peak == 0, jnp.ones_like(peak), peak)
 
         def weighed(start: Int[Array, ""] | int, count: int) -> Array:
             part = jax.lax.dynamic_slice_in_dim(p, start, count, axis=3).astype(jnp.float16)
             return weigh(part, rows(start, count)["v"].astype(jnp.float16).astype(jnp.float32))
 
-        return total(slots, size, weighed).astype(spec.dtype)
+        return (total(slots, size, weighed) * jnp.swapaxes(peak, 1, 2)).astype(spec.dtype)
 
 
 def _rounded(rows: Array) -> Array:

@@ -1,6 +1,17 @@
 """Attention caches: the cache pytree (``cache.py``) and how its rows are stored (``codecs/``)."""
 
-from slimjax.cache.cache import Cache, Streams, append, empty, read, role_of, row_bytes
+from slimjax.cache.cache import (
+    Cache,
+    Streams,
+    append,
+    empty,
+    in_tiles,
+    read,
+    read_at,
+    read_both,
+    role_of,
+    row_bytes,
+)
 from slimjax.cache.codecs import CODECS, Codec, Role, TiledCodec, codec, codec_of
 
 __all__ = [
@@ -14,7 +25,10 @@ __all__ = [
     "codec",
     "codec_of",
     "empty",
+    "in_tiles",
     "read",
+    "read_at",
+    "read_both",
     "role_of",
     "row_bytes",
 ]

@@ -7,16 +7,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from slimjax.axes import Lengths, typed
 from slimjax.cache.codecs import Codec
 from slimjax.cache.codecs.base import Role, TiledCodec
-from slimjax.cache.tiled import append_tiles, capacity_of, empty_tiles, read_tiles
+from slimjax.cache.tiled import (
+    Line,
+    append_tiles,
+    capacity_of,
+    empty_tiles,
+    flushed,
+    part_of,
+    read_tiles,
+    read_window,
+)
 from slimjax.pytree import pytree, static
 
 # What a basis caches: the stream's name -> (heads, size) of one token's row.
 Streams = Mapping[str, tuple[int, int]]
+
+
+@pytree
+class Recent:
+    """What the last call appended, as it was before any of it was encoded: what its own queries saw.
+
+    Attributes:
+        lines: by stream, under a ``TiledCodec``; empty under codecs whose codes never change.
+        first: [B], the slot of the lines' first token.
+    """
+
+    lines: dict[str, Line]
+    first: Lengths
 
 
 @pytree
@@ -34,11 +56,13 @@ class Cache:
         streams: by name, what the codec made of the rows.
         length: tokens of each sequence.
         capacity: C, slots per sequence.
+        recent: between ``append(keep=True)`` and the queries of the same tokens; else None.
     """
 
     streams: dict[str, Any]
     length: Lengths
     capacity: int = static()
+    recent: Recent | None = None
 
     @property
     def batch(self) -> int:
@@ -66,10 +90,11 @@ def empty(streams: Streams, codec: Codec, *, batch: int, capacity: int) -> Cache
     slots = capacity_of(capacity, codec) if isinstance(codec, TiledCodec) else capacity
 
     def zeros(name: str, row: tuple[int, int]) -> Any:
-        if isinstance(codec, TiledCodec):
-            return empty_tiles(codec, row, role_of(name), batch=batch, slots=slots)
+        own = codec.stream(name)
+        if isinstance(own, TiledCodec):
+            return empty_tiles(own, row, role_of(name), batch=batch, slots=slots)
         rows = jax.ShapeDtypeStruct((batch, slots, *row), jnp.float32)
-        shapes = jax.eval_shape(lambda rows: codec.encode(rows, role_of(name)), rows)
+        shapes = jax.eval_shape(lambda rows: own.encode(rows, role_of(name)), rows)
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
     rows = {name: zeros(name, row) for name, row in streams.items()}
@@ -83,17 +108,30 @@ def role_of(stream: str) -> Role:
 
 def row_bytes(streams: Streams, codec: Codec) -> float:
     """Bytes per token of a long cache: scales included, a ``TiledCodec``'s buffers, which do not grow, left out."""
-    if not isinstance(codec, TiledCodec):
-        return sum(codec.nbytes((1, 1, *row), role_of(name)) for name, row in streams.items())
-    shapes = {name: (1, codec.tile, *row) for name, row in streams.items()}
-    return sum(codec.tiles_nbytes(shape, role_of(name)) for name, shape in shapes.items()) / codec.tile
+
+    def of(name: str, row: tuple[int, int]) -> float:
+        own = codec.stream(name)
+        if isinstance(own, TiledCodec):
+            return own.tiles_nbytes((1, own.tile, *row), role_of(name)) / own.tile
+        return own.nbytes((1, 1, *row), role_of(name))
+
+    return sum(of(name, row) for name, row in streams.items())
 
 
 @typed
 def append(
-    cache: Cache, rows: Mapping[str, Float[Array, "B T ..."]], codec: Codec, count: Lengths | None = None
+    cache: Cache,
+    rows: Mapping[str, Float[Array, "B T ..."]],
+    codec: Codec,
+    count: Lengths | None = None,
+    *,
+    prompt: bool = True,
+    keep: bool = False,
 ) -> Cache:
     """Encode T new rows per sequence and write them behind the tokens already there.
+
+    However they are cut into calls, the same rows leave the same codes, unless they are a prompt under a
+    ``TiledCodec``.
 
     Args:
         cache: what is there.
@@ -101,6 +139,9 @@ def append(
         codec: the codec the cache was made with.
         count: [B], how many of the T rows are tokens; the rest is padding at the end and is not written.
             None: all of them.
+        prompt: a ``TiledCodec`` that ``prefills`` encodes windows that lie within this call from its rows, and
+            a buffer's scale is that of all rows of the call. False: as if the tokens came one by one.
+        keep: leave in ``recent`` what queries of these very tokens need: see ``read_both``.
 
     Raises:
         ValueError: streams differ from the cache's, or (outside jit) the capacity is exceeded or a count is
@@ -126,13 +167,21 @@ def append(
     def write(stored: Array, fresh: Array) -> Array:
         return stored.at[sequence, slots].set(fresh, mode="drop", unique_indices=False)
 
-    def stream(name: str) -> Any:
-        if isinstance(codec, TiledCodec):
-            role = role_of(name)
-            return append_tiles(cache.streams[name], rows[name], codec, role, cache.length, new)
-        return jax.tree.map(write, cache.streams[name], codec.encode(rows[name], role_of(name)))
-
-    return dataclasses.replace(cache, streams={name: stream(name) for name in rows}, length=length)
+    streams: dict[str, Any] = {}
+    lines: dict[str, Line] = {}
+    for name, fresh in rows.items():
+        own, held, role = codec.stream(name), cache.streams[name], role_of(name)
+        if isinstance(own, TiledCodec):
+            streams[name], lines[name] = append_tiles(
+                held, fresh, own, role, cache.length, new, prompt=prompt
+            )
+        else:
+            streams[name] = jax.tree.map(write, held, own.encode(fresh, role))
+    first = jnp.zeros_like(cache.length)
+    if isinstance(codec, TiledCodec):
+        first = flushed(codec, cache.length) * codec.span
+    recent = Recent(lines=lines, first=first) if keep else None
+    return dataclasses.replace(cache, streams=streams, length=length, recent=recent)
 
 
 def read(
@@ -158,15 +207,69 @@ def read(
     index = jnp.arange(count, dtype=jnp.int32) + start
     valid = index[None, :] < cache.length[:, None]
 
-    def rows(codes: Any) -> Array:
-        if isinstance(codec, TiledCodec):
-            decoded = read_tiles(codes, codec, cache.length, start, count)
+    def rows(name: str, codes: Any) -> Array:
+        own = codec.stream(name)
+        if isinstance(own, TiledCodec):
+            decoded = read_window(codes, own, cache.length, start, count)
         else:
-            decoded = codec.decode(codes if size is None else _slots(codes, start, count))
-        decoded = decoded.astype(dtype)
-        return jnp.where(valid[:, :, None, None], decoded, jnp.zeros_like(decoded))
+            decoded = own.decode(codes if size is None else _slots(codes, start, count))
+        return _within(decoded.astype(dtype), valid)
 
-    return {name: rows(codes) for name, codes in cache.streams.items()}
+    return {name: rows(name, codes) for name, codes in cache.streams.items()}
+
+
+def read_both(
+    cache: Cache, codec: TiledCodec, dtype: jax.typing.DTypeLike, *, start: Int[Array, ""] | int, size: int
+) -> tuple[dict[str, Float[Array, "B S K H"]], dict[str, Float[Array, "B S K H"]]]:
+    """As ``read`` of a cache with ``recent``: the rows in tiles, and the rows that the last call had in the buffer.
+
+    Rows of its flushed windows are in both: a query sees the tiles of the windows that were full when it came
+    (``in_tiles``), and other tokens as the buffer held them. Rows that are in neither are zero.
+    """
+    recent = cache.recent
+    assert recent is not None  # of ``append(keep=True)``
+    slots = jnp.arange(size, dtype=jnp.int32)[None, :] + start
+    valid = slots < cache.length[:, None]
+    old, held = {}, {}
+    for name, codes in cache.streams.items():
+        own = codec.stream(name)
+        if isinstance(own, TiledCodec):
+            done = slots // own.span < flushed(own, cache.length)[:, None]
+            line = part_of(recent.lines[name], recent.first, start, size)
+            old[name] = _within(read_tiles(codes, own, start, size).astype(dtype), valid & done)
+            rows = own.held(line.codes, line.scales).astype(dtype)
+            held[name] = _within(rows, valid & (slots >= recent.first[:, None]))
+        else:
+            old[name] = held[name] = _within(own.decode(_slots(codes, start, size)).astype(dtype), valid)
+    return old, held
+
+
+def read_at(
+    cache: Cache,
+    codec: Codec,
+    dtype: jax.typing.DTypeLike,
+    at: Lengths,
+    *,
+    start: Int[Array, ""] | int,
+    size: int,
+) -> dict[str, Float[Array, "B S K H"]]:
+    """As ``read`` when each sequence held ``at`` tokens, no fewer than before the call that left ``recent``."""
+    if not isinstance(codec, TiledCodec):
+        return read(dataclasses.replace(cache, length=at), codec, dtype, start=start, size=size)
+    old, held = read_both(cache, codec, dtype, start=start, size=size)
+    slots = jnp.arange(size, dtype=jnp.int32) + start
+    done = in_tiles(codec, at[:, None] - 1, slots)[:, 0, :, None, None]
+    valid = slots[None, :] < at[:, None]
+    return {name: _within(jnp.where(done, old[name], held[name]), valid) for name in old}
+
+
+def in_tiles(codec: TiledCodec, positions: Int[Array, "B T"], slots: Int[Array, "S"]) -> Bool[Array, "B T S"]:
+    """Whether the query at a position, once its own token is held, finds a slot in tiles."""
+    return slots[None, None, :] // codec.span < flushed(codec, positions + 1)[:, :, None]
+
+
+def _within(rows: Float[Array, "B S K H"], valid: Bool[Array, "B S"]) -> Float[Array, "B S K H"]:
+    return jnp.where(valid[:, :, None, None], rows, jnp.zeros_like(rows))
 
 
 def _slots(codes: Any, start: Int[Array, ""] | int, size: int) -> Any:

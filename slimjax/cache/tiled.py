@@ -1,8 +1,12 @@
 """One stream of a cache whose codec encodes tiles of tokens: whole tiles, and a buffer of the newest tokens.
 
-The first ``length // W * W`` tokens of a sequence are in tiles, the others in a buffer of W slots (W whole
-tiles; the codec's ``window``). When the buffer is full, its W tokens are encoded at once: KIVI's residual
-window, GEAR's buffer and FlashQ's decode buffer (arXiv 2412.08585, section 3) are this one mechanism.
+Windows of W whole tiles are encoded at once, out of a buffer of W slots: KIVI's residual window, GEAR's buffer and
+FlashQ's decode buffer (arXiv 2412.08585, section 3) are this one mechanism. A window is encoded as soon as it is
+full, or, where the codec is ``lazy``, when the next token comes; ``flushed`` says how many have been.
+
+Tokens come in steps or as a prompt. T tokens in steps store, and are read as, what T calls of one token would. A
+prompt's windows that lie within one call are encoded from its rows, if the codec ``prefills``, and its buffer has
+one scale from all of its rows.
 """
 
 from typing import Any
@@ -18,15 +22,35 @@ from slimjax.pytree import pytree
 
 @pytree
 class TiledRows:
-    """Codes of tiles, [B, C/G, ...]; the buffer, [B, W, K, H]; and its scale, or None where it has none.
+    """Codes of tiles, [B, C/G, ...]; the buffer, [B, W, K, H]; and its scales, or None where it has none.
 
-    Invariants: tiles at and past ``length // W * W`` tokens, and buffer slots at and past ``length % W``,
-    hold anything. ``scale`` [B, 1, K, 1] is set when a sequence's first tokens arrive.
+    Invariants: tiles at and past ``flushed`` windows, and buffer slots past the newest token, hold anything.
+
+    Attributes:
+        scale: the universal scale, 0 before the first token. It grows with the rows until the first window is
+            full, or until the prompt ends that fills it, and stays from then on.
+        scales: what each buffer slot was rounded under: the universal scale as it was when the token came.
     """
 
     tiles: Any
     buffer: Array
     scale: Float[Array, "B 1 K 1"] | None
+    scales: Float[Array, "B W K 1"] | None
+
+
+@pytree
+class Line:
+    """Tokens, from the first of some window on, as the buffer holds them, or held them before they were encoded."""
+
+    codes: Array  # [B, n, K, H]
+    scales: Float[Array, "B n K 1"] | None
+
+
+def flushed(codec: TiledCodec, length: Array) -> Array:
+    """Windows in tiles when a sequence holds ``length`` tokens; the token after them is the buffer's first."""
+    if codec.lazy:
+        length = jnp.maximum(length - 1, 0)
+    return length // codec.span
 
 
 def capacity_of(capacity: int, codec: TiledCodec) -> int:
@@ -41,7 +65,9 @@ def empty_tiles(codec: TiledCodec, row: tuple[int, int], role: Role, *, batch: i
 
     def of(rows: Array, window: Array) -> TiledRows:
         scale = codec.buffer_scale(window, jnp.ones(window.shape[:2], bool))
-        return TiledRows(tiles=codec.encode_tiles(rows, role), buffer=codec.hold(window, scale), scale=scale)
+        scales = None if scale is None else jnp.broadcast_to(scale, (batch, codec.span, row[0], 1))
+        buffer = codec.hold(window, scales)
+        return TiledRows(tiles=codec.encode_tiles(rows, role), buffer=buffer, scale=scale, scales=scales)
 
     shapes = jax.eval_shape(of, tiles, window)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -54,88 +80,184 @@ def append_tiles(
     role: Role,
     length: Lengths,
     new: Lengths,
-) -> TiledRows:
+    *,
+    prompt: bool = False,
+) -> tuple[TiledRows, Line]:
     """Hold ``new`` of the T rows behind the ``length`` tokens there are, and encode the windows that fill up.
 
-    T = 1 encodes a window every W steps; under jit the branch costs nothing in between.
+    T = 1 encodes a window every W steps; under jit the branch costs nothing in between. The line starts at the
+    first token that was not in tiles before: old buffer and new rows side by side.
     """
-    batch, tokens = rows.shape[:2]
-    span = codec.span
-    first = (length == 0)[:, None, None, None]
+    tokens, span = rows.shape[1], codec.span
+    before, after = flushed(codec, length), flushed(codec, length + new)
     step = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     given = step < new[:, None]
-    scale = codec.buffer_scale(rows, given)
-    if scale is not None and stored.scale is not None:
-        scale = jnp.where(first & (new > 0)[:, None, None, None], scale, stored.scale)
+    scale, scales = _scales(stored, rows, codec, length, given, after * span, prompt=prompt)
     windows = (span - 1 + tokens) // span  # at most so many fill up
-    # Buffer and new rows side by side: slot j is token length // W * W + j.
-    held = length % span
-    line = jnp.pad(stored.buffer, ((0, 0), (0, windows * span), (0, 0), (0, 0)))
-    slots = jnp.where(given, held[:, None] + step, line.shape[1])
-    sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    line = line.at[sequence, slots].set(codec.hold(rows, scale), mode="drop")
-    full = (held + new) // span
-    buffer = jnp.take_along_axis(
-        line.reshape(batch, windows + 1, span, *line.shape[2:]), full[:, None, None, None, None], axis=1
-    )[:, 0]
+    held = length - before * span
+    slots = jnp.where(given, held[:, None] + step, (windows + 1) * span)
+    codes = _behind(
+        stored.buffer, codec.hold(rows, None if scales is None else _safe(scales)), slots, windows
+    )
+    marks = None
+    if stored.scales is not None and scales is not None:
+        marks = _behind(stored.scales, scales, slots, windows)
+    line = Line(codes=codes, scales=marks)
+    full = after - before
 
     def flush(tiles: Any) -> Any:
-        return _flush(tiles, line[:, : windows * span], rows, codec, role, scale, length, full)
+        found = _encoded(line, codec, role, scale, windows)
+        if prompt and codec.prefills and tokens >= span:
+            found = _from_rows(found, rows, codec, role, held, windows)
+        return _written(tiles, found, codec, before, full)
 
     tiles = jax.lax.cond(jnp.any(full > 0), flush, lambda tiles: tiles, stored.tiles)
-    return TiledRows(tiles=tiles, buffer=buffer, scale=scale)
+    newest = Line(
+        codes=_window(codes, full, span), scales=None if marks is None else _window(marks, full, span)
+    )
+    return TiledRows(tiles=tiles, buffer=newest.codes, scale=scale, scales=newest.scales), line
 
 
-def _flush(
-    tiles: Any,
-    line: Array,
+def _scales(
+    stored: TiledRows,
+    rows: Float[Array, "B T K H"],
+    codec: TiledCodec,
+    length: Lengths,
+    given: Bool[Array, "B T"],
+    tail: Int[Array, "B"],
+    *,
+    prompt: bool,
+) -> tuple[Float[Array, "B 1 K 1"] | None, Float[Array, "B T K 1"] | None]:
+    """The universal scale after the rows, and what each of them is rounded under; the slot ``tail`` is buffered."""
+    if stored.scale is None:
+        return None, None
+    batch, tokens, heads, size = rows.shape
+    slot = length[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    shape = (batch, tokens, heads, 1)
+    if prompt:
+        found = codec.buffer_scale(rows, given)
+        assert found is not None  # as there is a stored one
+        grown = jnp.maximum(stored.scale, found)
+        scale = jnp.where((length < codec.span)[:, None, None, None], grown, stored.scale)
+        each = jnp.broadcast_to(scale, shape)
+        last = given & (slot >= tail[:, None])
+        own = codec.tail_scale(rows, last)
+        return scale, each if own is None else jnp.where(last[:, :, None, None], jnp.minimum(own, each), each)
+    found = codec.buffer_scale(rows.reshape(batch * tokens, 1, heads, size), given.reshape(batch * tokens, 1))
+    assert found is not None
+    grows = (given & (slot < codec.span))[:, :, None, None]
+    found = jnp.where(grows, found.reshape(shape), jnp.zeros(shape, found.dtype))
+    each = jnp.maximum(jax.lax.associative_scan(jnp.maximum, found, axis=1), stored.scale)
+    return each[:, -1:], each
+
+
+def _safe(scale: Array) -> Array:
+    """Nothing is divided by zero: rows of zeros have codes of zero under any scale."""
+    return jnp.where(scale == 0, jnp.ones_like(scale), scale)
+
+
+def _behind(buffer: Array, fresh: Array, slots: Int[Array, "B T"], windows: int) -> Array:
+    """The buffer and what comes behind it, [B, (windows + 1) * W, ...]."""
+    line = jnp.pad(buffer, ((0, 0), (0, windows * buffer.shape[1]), (0, 0), (0, 0)))
+    sequence = jnp.arange(len(buffer), dtype=jnp.int32)[:, None]
+    return line.at[sequence, slots].set(fresh, mode="drop")
+
+
+def _window(line: Array, index: Int[Array, "B"], span: int) -> Array:
+    """One window of the line."""
+    parts = line.reshape(len(line), -1, span, *line.shape[2:])
+    return jnp.take_along_axis(parts, index[:, None, None, None, None], axis=1)[:, 0]
+
+
+def _encoded(
+    line: Line, codec: TiledCodec, role: Role, scale: Float[Array, "B 1 K 1"] | None, windows: int
+) -> Any:
+    """Codes of the tiles of the line's first windows, from what the buffer holds of them."""
+    count = windows * codec.span
+    codes = line.codes[:, :count]
+    if line.scales is not None and scale is not None:
+        # Codes rounded under a smaller scale, before it had grown, are rounded once more; the others stay.
+        scale = _safe(scale)
+        ratio = line.scales[:, :count] / scale
+        codes = jnp.round(codes.astype(jnp.float32) * ratio).astype(codes.dtype)
+    return codec.flush(codes.reshape(len(codes), -1, codec.tile, *codes.shape[2:]), scale, role)
+
+
+def _from_rows(
+    codes: Any,
     rows: Float[Array, "B T K H"],
     codec: TiledCodec,
     role: Role,
-    scale: Float[Array, "B 1 K 1"] | None,
-    length: Lengths,
-    full: Int[Array, "B"],
+    held: Int[Array, "B"],
+    windows: int,
 ) -> Any:
-    """Write the tiles of each sequence's first ``full`` windows of ``line``."""
-    batch, span, tile = line.shape[0], codec.span, codec.tile
-    count, per_window = line.shape[1] // tile, span // tile
-    codes = codec.flush(line.reshape(batch, count, tile, *line.shape[2:]), scale, role)
-    if codec.prefills and rows.shape[1] >= span:
-        # A first chunk's whole tiles are encoded from its rows, not from what the buffer makes of them.
-        wanted = count * tile
-        fitted = jnp.pad(rows, ((0, 0), (0, max(0, wanted - rows.shape[1])), (0, 0), (0, 0)))[:, :wanted]
-        fresh = codec.encode_tiles(fitted.reshape(batch, count, tile, *rows.shape[2:]), role)
-        codes = jax.tree.map(lambda new, old: _choose(length == 0, new, old), fresh, codes)
-    index = jnp.arange(count, dtype=jnp.int32)[None, :]
+    """The codes, but of windows all of whose tokens are rows of this call, encoded from these."""
+    span, tile = codec.span, codec.tile
+    index = jnp.arange(windows * span, dtype=jnp.int32)[None, :] - held[:, None]
+    index = jnp.clip(index, 0, rows.shape[1] - 1)
+    fitted = jnp.take_along_axis(rows, index[:, :, None, None], axis=1)
+    fresh = codec.encode_tiles(fitted.reshape(len(rows), -1, tile, *rows.shape[2:]), role)
+    first = jnp.arange(windows * span // tile, dtype=jnp.int32)[None, :] // (span // tile) * span
+    inside = first >= held[:, None]
+
+    def choose(new: Array, old: Array) -> Array:
+        return jnp.where(inside.reshape(*inside.shape, *[1] * (new.ndim - 2)), new, old)
+
+    return jax.tree.map(choose, fresh, codes)
+
+
+def _written(
+    tiles: Any, codes: Any, codec: TiledCodec, before: Int[Array, "B"], full: Int[Array, "B"]
+) -> Any:
+    """The tiles with those of each sequence's first ``full`` new windows behind its ``before`` old ones."""
+    per_window = codec.span // codec.tile
+    batch, count = jax.tree.leaves(codes)[0].shape[:2]
     total = jax.tree.leaves(tiles)[0].shape[1]
-    target = jnp.where(
-        index < full[:, None] * per_window, (length // span * per_window)[:, None] + index, total
-    )
+    index = jnp.arange(count, dtype=jnp.int32)[None, :]
+    target = jnp.where(index < full[:, None] * per_window, before[:, None] * per_window + index, total)
     sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
     return jax.tree.map(lambda held, fresh: held.at[sequence, target].set(fresh, mode="drop"), tiles, codes)
 
 
-def _choose(which: Bool[Array, "B"], yes: Array, no: Array) -> Array:
-    return jnp.where(which.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
-
-
 def read_tiles(
-    stored: TiledRows, codec: TiledCodec, length: Lengths, start: Int[Array, ""] | int, size: int
+    stored: TiledRows, codec: TiledCodec, start: Int[Array, ""] | int, size: int
 ) -> Float[Array, "B S K H"]:
-    """Rows of slots start .. start + size - 1, both multiples of W, float32; past each length, anything."""
-    batch, span, tile = stored.buffer.shape[0], codec.span, codec.tile
+    """Rows of slots start .. start + size - 1, both multiples of G, from tiles, float32; past these, anything."""
+    tile = codec.tile
     tiles = jax.tree.map(
         lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start // tile, size // tile, axis=1), stored.tiles
     )
     rows = codec.decode_tiles(tiles)
-    windows = rows.reshape(batch, size // span, span, *rows.shape[3:])
-    newest = buffered(length, span, start, size)
-    held = codec.held(stored.buffer, stored.scale)[:, None]
-    rows = jnp.where(newest[:, :, None, None, None], jnp.broadcast_to(held, windows.shape), windows)
-    return rows.reshape(batch, size, *rows.shape[3:])
+    return rows.reshape(len(rows), size, *rows.shape[3:])
 
 
-def buffered(length: Lengths, span: int, start: Int[Array, ""] | int, size: int) -> Bool[Array, "B n"]:
+def read_window(
+    stored: TiledRows, codec: TiledCodec, length: Lengths, start: Int[Array, ""] | int, size: int
+) -> Float[Array, "B S K H"]:
+    """As ``read_tiles``, both multiples of W, but of the buffer's window from the buffer."""
+    span = codec.span
+    rows = read_tiles(stored, codec, start, size)
+    windows = rows.reshape(len(rows), size // span, span, *rows.shape[2:])
+    newest = buffered(codec, length, start, size)
+    held = codec.held(stored.buffer, stored.scales)[:, None]
+    chosen = jnp.where(newest[:, :, None, None, None], jnp.broadcast_to(held, windows.shape), windows)
+    return chosen.reshape(rows.shape)
+
+
+def buffered(
+    codec: TiledCodec, length: Lengths, start: Int[Array, ""] | int, size: int
+) -> Bool[Array, "B n"]:
     """Which of the windows from ``start`` on is the one in the buffer."""
-    index = jnp.arange(size // span, dtype=jnp.int32)[None, :] + start // span
-    return index == (length // span)[:, None]
+    index = jnp.arange(size // codec.span, dtype=jnp.int32)[None, :] + start // codec.span
+    return index == flushed(codec, length)[:, None]
+
+
+def part_of(line: Line, first: Int[Array, "B"], start: Int[Array, ""] | int, size: int) -> Line:
+    """Slots start .. start + size - 1 of a line whose first slot is ``first``; beyond it, anything."""
+    index = jnp.arange(size, dtype=jnp.int32)[None, :] + start - first[:, None]
+    index = jnp.clip(index, 0, line.codes.shape[1] - 1)[:, :, None, None]
+
+    def part(array: Array) -> Array:
+        return jnp.take_along_axis(array, index, axis=1)
+
+    return Line(codes=part(line.codes), scales=None if line.scales is None else part(line.scales))

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -21,7 +22,16 @@ class Codec(abc.ABC):
     A codec is *token-local* unless it is a ``TiledCodec``: the codes of a token depend on that token alone, so
     a cache appends by writing them at the token's slot, and chunks, one token at a time and all at once store
     the same codes.
+
+    Attributes:
+        extra: the codec of the extra coordinates of bases k and kr, stream "r"; None: this one.
     """
+
+    extra: "Codec | None" = None
+
+    def stream(self, name: str) -> "Codec":
+        """The codec of one stream of a cache."""
+        return self.extra if name == "r" and self.extra is not None else self
 
     @property
     @abc.abstractmethod
@@ -40,9 +50,22 @@ class Codec(abc.ABC):
     def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         """Bytes that the codes of rows of shape [B, S, K, H] take, scales included."""
 
-    def refusal(self, basis: str) -> str | None:
-        """Why rows of a basis cannot be stored so (what to use instead included), or None."""
+    def refusal(self, basis: str, streams: Mapping[str, tuple[int, int]], plain: int) -> str | None:
+        """Why rows of a basis cannot be stored so (what to use instead included), or None.
+
+        Args:
+            basis: its name.
+            streams: what it caches of a token, name -> (heads, size).
+            plain: 2*E, what plain keys and values would be.
+        """
+        return needless_extra(self, streams)
+
+
+def needless_extra(codec: Codec, streams: Mapping[str, tuple[int, int]]) -> str | None:
+    """Why a codec of extra coordinates is out of place where there are none, or None."""
+    if codec.extra is None or "r" in streams:
         return None
+    return "the option extra is the codec of extra coordinates (k:...+R), and there are none; use it with +R"
 
 
 @pytree
@@ -88,7 +111,12 @@ class TiledCodec(Codec):
 
     @property
     def prefills(self) -> bool:
-        """Whether tiles of a sequence's first chunk are encoded from its rows rather than from the buffer's."""
+        """Whether windows that lie within one call of a prompt are encoded from its rows, not from the buffer's."""
+        return False
+
+    @property
+    def lazy(self) -> bool:
+        """Whether a full buffer is encoded when the next token comes, rather than at once."""
         return False
 
     @property
@@ -107,19 +135,25 @@ class TiledCodec(Codec):
     def buffer_scale(
         self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
     ) -> Float[Array, "B 1 K 1"] | None:
-        """What the buffer's codes are scaled by, from a sequence's first rows; None: nothing."""
+        """What these rows ask for as the scale of the buffer's codes, 0 where none is given; None: no scale."""
         return None
 
-    def hold(self, rows: Float[Array, "B T K H"], scale: Float[Array, "B 1 K 1"] | None) -> Array:
+    def tail_scale(
+        self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
+    ) -> Float[Array, "B 1 K 1"] | None:
+        """A scale for the part of a prompt that stays in the buffer; None: the universal one."""
+        return None
+
+    def hold(self, rows: Float[Array, "B T K H"], scale: Float[Array, "B #T K 1"] | None) -> Array:
         """New rows as the buffer stores them: here in bfloat16."""
         return rows.astype(jnp.bfloat16)
 
-    def held(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None) -> Float[Array, "B T K H"]:
+    def held(self, codes: Array, scale: Float[Array, "B #T K 1"] | None) -> Float[Array, "B T K H"]:
         """The buffer's codes back to rows, float32."""
         return codes.astype(jnp.float32)
 
     def flush(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None, role: Role = "k") -> Any:
-        """Whole tiles of the buffer's codes, [B, n, G, K, H], to codes of tiles."""
+        """Whole tiles of the buffer's codes, [B, n, G, K, H], all under the universal scale, to codes of tiles."""
         return self.encode_tiles(codes.astype(jnp.float32), role)
 
     @abc.abstractmethod

@@ -119,19 +119,31 @@ class FlashQ(TiledCodec):
         tile: G, tokens encoded together: a multiple of 8 from 32 to 128.
         window: tokens of a cache's buffer; they are INT8 codes under one *universal* scale per sequence and
             head, clamped, and stage 2 compresses them as they are. 0: one tile.
-        margin: the universal scale is max|rows| / 119 of a sequence's first chunk, times this.
+        margin: the universal scale is max|rows| / 119, times this.
+        universal: of which rows: a prompt's "prefill", all of them, or its "last" window's worth of tokens, the
+            likest to those to come. Tokens that come while nothing has been encoded yet make it grow: each is
+            rounded under the largest so far and keeps that scale; when the first window is encoded, codes under
+            a smaller scale than the last are rounded once more, half to even. From then on it is fixed.
+        partial: what does not fill a window at the end of a prompt starts the "buffer", under the universal
+            scale, or is a tile of its "own" until it is encoded: max|rows| / 119 of these tokens, where less.
 
     Raises:
-        ValueError: other bits, another tile, a window that is not whole tiles, or a margin that is not positive.
+        ValueError: other bits, another tile, a window that is not whole tiles, a margin that is not positive, or
+            another word.
     """
 
     bits: int = 4
     margin: float = 1.0
+    universal: str = "prefill"
+    partial: str = "buffer"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.margin < math.inf:
             raise ValueError(f"{self.margin=}: the universal scale is multiplied by a positive number")
+        for name, known in (("universal", ("prefill", "last")), ("partial", ("buffer", "own"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"flashq({name}={getattr(self, name)}): expected {' or '.join(known)}")
         if self.bits not in (2, 3, 4, 8):
             raise ValueError(f"{self.bits=}: FlashQ stores 2, 3, 4 or 8 bits")
         if not 32 <= self.tile <= 128 or self.tile % 8:
@@ -161,20 +173,27 @@ class FlashQ(TiledCodec):
     def buffer_scale(
         self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
     ) -> Float[Array, "B 1 K 1"]:
-        size = jnp.abs(rows.astype(jnp.float32))
-        peak = largest(jnp.where(given[:, :, None, None], size, jnp.zeros_like(size)), axis=(1, 3))
-        scale = peak * (self.margin / LIMIT)
-        return jnp.where(scale == 0, jnp.ones_like(scale), scale)[:, None, :, None]
+        if self.universal == "last":
+            counted = jnp.cumsum(given[:, ::-1].astype(jnp.int32), axis=1)[:, ::-1]
+            given = given & (counted <= self.span)
+        return _peak(rows, given) * (self.margin / LIMIT)
+
+    def tail_scale(
+        self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
+    ) -> Float[Array, "B 1 K 1"] | None:
+        return _peak(rows, given) / LIMIT if self.partial == "own" else None
 
     def hold(
-        self, rows: Float[Array, "B T K H"], scale: Float[Array, "B 1 K 1"] | None
+        self, rows: Float[Array, "B T K H"], scale: Float[Array, "B #T K 1"] | None
     ) -> Int8[Array, "B T K H"]:
-        return quantise(rows, None if scale is None else scale[:, 0, :, 0])[0]
+        assert scale is not None  # ``buffer_scale`` gives one
+        each = jnp.broadcast_to(scale[..., 0], rows.shape[:3])
+        return quantise(rows[:, :, None], each)[0][:, :, 0]
 
     def held(
-        self, codes: Int8[Array, "B T K H"], scale: Float[Array, "B 1 K 1"] | None
+        self, codes: Int8[Array, "B T K H"], scale: Float[Array, "B #T K 1"] | None
     ) -> Float[Array, "B T K H"]:
-        assert scale is not None  # ``buffer_scale`` gives one
+        assert scale is not None
         return codes.astype(jnp.float32) * scale
 
     def flush(
@@ -188,3 +207,11 @@ class FlashQ(TiledCodec):
         batch, tokens, heads, size = shape
         tiles = batch * math.ceil(tokens / self.tile) * heads
         return tiles * (packed_size(self.tile, self.bits) * size + (2 * size if self.bits < 8 else 0) + 4)
+
+
+def _peak(rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]) -> Float[Array, "B 1 K 1"]:
+    """The largest magnitude of each head among the given rows, 0 where there are none."""
+    size = jnp.abs(rows.astype(jnp.float32))
+    return largest(jnp.where(given[:, :, None, None], size, jnp.zeros_like(size)), axis=(1, 3))[
+        :, None, :, None
+    ]
