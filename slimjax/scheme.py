@@ -4,6 +4,9 @@
     k:bf16           keys only, V = K W_KV absorbed       kv:flashq4/64    4 bits, groups of 64 tokens
     k1:bf16          the same, V rebuilt before weighing  kv:flashq2-4@sas mixed 2 and 4 bits, SAS softmax
     kv:bf16#sage     scores from INT8 queries and keys    kv:kivi2(window=128)/32  a codec's own options
+    k:flashq4(extra=flashq8)+16   extra coordinates in a codec of their own
+    kv:flashq2-4(share=0.25)      a quarter of the heads in 2 bits, the others in 4
+    kv:flashq2(rank=2)            the error of every tile corrected at rank 2
 
 ``option`` is how a cache that lacks K or V stands in for it (arXiv 2503.05840, section 1):
 1 rebuilds the missing rows and then attends, 2 (the default) absorbs the weights and works on the
@@ -111,7 +114,7 @@ def parse_scheme(text: str) -> Scheme:
         )
     part = match.groupdict()
     try:
-        name, bits = _split_codec(part["codec"], CODECS)
+        name, bits = split_codec(part["codec"], CODECS)
         scheme = Scheme(
             basis=part["basis"],
             option=int(part["option"] or 0),
@@ -159,8 +162,8 @@ def _value(text: str) -> int | float | str:
     return text
 
 
-def _split_codec(text: str, known: Collection[str]) -> tuple[str, str | None]:
-    """``flashq2-4`` -> ("flashq", "2-4"): the longest known name, then its bits."""
+def split_codec(text: str, known: Collection[str]) -> tuple[str, str | None]:
+    """``flashq2-4`` -> ("flashq", "2-4"): the longest known name, then its bits. ValueError for no known name."""
     for name in sorted(known, key=len, reverse=True):
         rest = text[len(name) :]
         if rest and name[-1].isdigit():  # its width is its name

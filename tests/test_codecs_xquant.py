@@ -1,11 +1,15 @@
 """XQuant against loops over a token's groups of channels, its bytes, and that a token's codes are its own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from codec_checks import check_bytes, check_nan_shows, coded_line, rows, through
 
+from slimjax import DecodeSpec, parse_scheme
+from slimjax.attention.bases import basis
 from slimjax.cache.codecs.xquant import XQuant
 
 BITS = (2, 3, 4, 8)
@@ -56,3 +60,14 @@ def test_nan_shows():
 def test_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         XQuant(**wrong)
+
+
+def test_inputs_wider_than_keys_and_values_are_refused():
+    """SmolLM2-135M's layer: D 576, E 192. The codec is to save bytes, and X would cost more than keys and values."""
+    layer = {"heads": 9, "head_dim": 64, "width": 576}
+    narrow = DecodeSpec(scheme=parse_scheme("x1:xquant4"), kv_heads=3, **layer)
+    with pytest.raises(NotImplementedError, match=r"D = 576 .* 2\*E = 384 .* use kv"):
+        basis(narrow)
+    basis(dataclasses.replace(narrow, scheme=parse_scheme("x1:bf16")))  # other codecs do as they are told
+    basis(dataclasses.replace(narrow, scheme=parse_scheme("kv:xquant4")))
+    basis(DecodeSpec(scheme=parse_scheme("x1:xquant4"), kv_heads=9, **layer))

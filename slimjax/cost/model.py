@@ -62,7 +62,7 @@ def refusal(a: Architecture, scheme: Scheme, *, cross: bool = False) -> str | No
         more = "" if basis in ("v", "h") else f", or at least {d - e} extra coordinates"
         row = f"E + R = {e + scheme.extra}"
         return f"rows of width {row} do not determine inputs of width D = {d}: use kv or x{more}"
-    if reason := codec_of(scheme).refusal(basis):
+    if reason := codec_of(scheme).refusal(basis, streams(a, scheme), 2 * e):
         return reason
     try:
         cache_bytes(a, scheme)
@@ -82,7 +82,7 @@ def streams(a: Architecture, scheme: Scheme) -> dict[str, tuple[int, int]]:
         return {"h": (1, a.key_width)}
     return {
         "v" if scheme.basis == "v" else "row": row,
-        **({"extra": (1, scheme.extra)} if scheme.extra else {}),
+        **({"r": (1, scheme.extra)} if scheme.extra else {}),
     }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -22,6 +23,8 @@ from slimjax.nn import MultiHeadAttention
 from slimjax.numerics import accumulation_dtype, einsum
 from slimjax.scheme import Scheme
 from slimjax.solve import Figures, convert
+from slimjax.solve.heads import permute_heads
+from slimjax.solve.mixing import by_layer
 
 Logits = Float[Array, "B T V"]
 # The attention of a block: its (normalised) inputs to its outputs.
@@ -169,7 +172,11 @@ def full_attention(block: Block, dtype: str) -> Attend:
 
 
 def convert_model(
-    model: DecoderLM, scheme: str | Scheme | Sequence[str | Scheme], dtype: str = "float32"
+    model: DecoderLM,
+    scheme: str | Scheme | Sequence[str | Scheme],
+    dtype: str = "float32",
+    *,
+    orders: Sequence[Sequence[int] | np.ndarray | None] | None = None,
 ) -> tuple[tuple[CachedAttention, ...], tuple[Figures, ...]]:
     """Every attention layer made ready for its scheme, on the host; one scheme serves all layers.
 
@@ -177,20 +184,23 @@ def convert_model(
         model: trained.
         scheme: one, or one for each layer.
         dtype: compute dtype of q, P and the attention output.
+        orders: of each layer a permutation of its K key/value heads, those that bear fewer bits first
+            (``slimjax.solve.mixing.head_orders``), or None for the order they have; None: no layer is permuted.
 
     Raises:
-        NotImplementedError: a layer cannot use its scheme; the message names both and the alternative.
-        ValueError: as many schemes as layers are needed.
+        NotImplementedError: a layer cannot use its scheme or order; the message names the alternative.
+        ValueError: as many schemes, and orders, as layers are needed; an order that is not a permutation.
     """
-    schemes = [scheme] * len(model.blocks) if isinstance(scheme, str | Scheme) else list(scheme)
-    if len(schemes) != len(model.blocks):
-        raise ValueError(f"{len(schemes)} schemes for {len(model.blocks)} layers: give one, or one for each")
-    converted = [
-        convert(
-            block.attention.projections(), block.attention.decode_spec(chosen, dtype), layer=f"layer {index}"
-        )
-        for index, (block, chosen) in enumerate(zip(model.blocks, schemes, strict=True))
-    ]
+    schemes = by_layer(scheme, len(model.blocks))
+    moves = [None] * len(model.blocks) if orders is None else list(orders)
+    if len(moves) != len(model.blocks):
+        raise ValueError(f"{len(moves)} orders for {len(model.blocks)} layers: give one for each, or None")
+    converted = []
+    for index, (block, chosen, order) in enumerate(zip(model.blocks, schemes, moves, strict=True)):
+        weights, spec = block.attention.projections(), block.attention.decode_spec(chosen, dtype)
+        if order is not None:
+            weights = permute_heads(weights, order, spec.position)
+        converted.append(convert(weights, spec, layer=f"layer {index}"))
     return tuple(each.layer for each in converted), tuple(each.figures for each in converted)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 # Of every five batches three are fitted on, one chooses between candidates, one only reports.
-_TURN = ("fit", "fit", "fit", "choose", "held_out")
+TURN = ("fit", "fit", "fit", "choose", "held_out")
 SAMPLE = 2048  # rows kept of each part, evenly strided
 
 
@@ -41,7 +41,7 @@ class Collector:
         self._batches = 0
         self._second: list[np.ndarray | None] = [None] * layers
         self._count = [0] * layers
-        self._rows = [{part: [] for part in set(_TURN)} for _ in range(layers)]
+        self._rows = [{part: [] for part in set(TURN)} for _ in range(layers)]
 
     def add(self, inputs: Sequence[np.ndarray]) -> None:
         """One batch: for each layer its inputs, [rows, D].
@@ -51,7 +51,7 @@ class Collector:
         """
         if len(inputs) != len(self._rows):
             raise ValueError(f"inputs of {len(inputs)} layers, expected {len(self._rows)}")
-        part = _TURN[self._batches % len(_TURN)]
+        part = TURN[self._batches % len(TURN)]
         self._batches += 1
         for layer, given in enumerate(inputs):
             rows = np.asarray(given, np.float64)
@@ -69,9 +69,9 @@ class Collector:
 
     def finish(self) -> tuple[Calibration, ...]:
         """The calibrations. Raises ValueError where fewer than five batches leave a part empty."""
-        if self._batches < len(_TURN):
+        if self._batches < len(TURN):
             raise ValueError(
-                f"{self._batches} batches of calibration data: at least {len(_TURN)} are needed (three to fit, "
+                f"{self._batches} batches of calibration data: at least {len(TURN)} are needed (three to fit, "
                 "one to choose, one to report); give more clips or text, or cut them shorter"
             )
         return tuple(self._finished(layer) for layer in range(len(self._rows)))

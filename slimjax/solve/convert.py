@@ -191,20 +191,28 @@ def _predict(whole: np.ndarray, found: Solution, target: np.ndarray, spec: Decod
 
 
 def stored(rows: np.ndarray, spec: DecodeSpec) -> np.ndarray:
-    """Rows [S, E+R] of basis k (or v) as the cache gives them back: each stream through the codec; float64."""
+    """Rows [S, E+R] of basis k (or v) as the cache gives them back: each stream through its codec; float64."""
     split = rows.shape[1] - spec.scheme.extra
     keys = through_codec(rows[:, :split], spec, spec.kv_heads)
     if not spec.scheme.extra:
         return keys
-    return np.concatenate([keys, through_codec(rows[:, split:], spec, 1)], axis=1)
+    return np.concatenate([keys, through_codec(rows[:, split:], spec, 1, stream="r")], axis=1)
 
 
-def through_codec(rows: np.ndarray, spec: DecodeSpec, heads: int, role: Role = "k") -> np.ndarray:
-    """Rows [S, heads*.] of one stream, encoded and decoded; float64."""
+def through_codec(
+    rows: np.ndarray, spec: DecodeSpec, heads: int, role: Role = "k", *, stream: str = "k"
+) -> np.ndarray:
+    """Rows [S, heads*.] of one stream, encoded and decoded; float64. See ``round_trip``."""
     shaped = jnp.asarray(rows.astype(spec.accumulation)).reshape(1, len(rows), heads, -1)
-    return np.asarray(_round_trip(shaped, codec_of(spec.scheme), role)).astype(np.float64).reshape(rows.shape)
+    codec = codec_of(spec.scheme).stream(stream)
+    return np.asarray(round_trip(shaped, codec, role)).astype(np.float64).reshape(rows.shape)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _round_trip(rows: jax.Array, codec: Codec, role: Role) -> jax.Array:
+def round_trip(rows: jax.Array, codec: Codec, role: Role) -> jax.Array:
+    """Rows [B, S, K, H] as a cache stores a first chunk of them, each run of ``tile`` tokens a tile.
+
+    A ``TiledCodec``'s tokens are tiles in the order given, the last tile filled up with copies of its last token;
+    of a cache's buffer, which holds the newest tokens more closely, nothing is taken into account.
+    """
     return codec.decode(codec.encode(rows, role))

@@ -3,7 +3,8 @@
 Every selector takes rows of one layer, from calibration, as its cache would hold them, and returns one score per
 head: the higher, the more the head needs its bits. The paper says "priority = gap * std" and no more; what gap,
 std and its rivals are here stands at each function. Keys and values are scored apart, each divided by its mean
-over the heads, and summed, so that neither's units decide.
+over the heads, and summed, so that neither's units decide. ``slimjax.solve.mixing`` applies them to a model, and has
+slimjax's own, which measures what each head's bits are worth.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ import numpy as np
 
 from slimjax.attention.positions import Position
 from slimjax.attention.projections import Projections
-from slimjax.cache.codecs.base import Codec, Role
 from slimjax.cache.codecs.mixed import few_heads
 
 BINS = 256  # of the histogram whose entropy is taken: the number of int8 codes
@@ -55,7 +55,7 @@ def entropy(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
     return _both(_entropy, keys, values)
 
 
-def random(heads: int, seed: int) -> np.ndarray:
+def random(heads: int, seed: int | Sequence[int]) -> np.ndarray:
     """Scores [K] that know nothing of the heads: what a selector has to beat."""
     return np.random.default_rng(seed).random(heads)
 
@@ -67,57 +67,6 @@ SELECTORS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "minmax": minmax,
     "variation": variation,
 }
-
-
-def calibrated(
-    q: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    codec: Codec,
-    *,
-    wo: np.ndarray | None = None,
-    scale: float | None = None,
-    causal: bool = True,
-) -> np.ndarray:
-    """What it costs to put one head alone into ``codec``: slimjax's own selector, measured rather than guessed.
-
-    |change of the layer's output| / |output|, Euclidean over all rows, when head k's keys and values, and no
-    other's, go through the codec. In float64 but for the codec.
-
-    Args:
-        q: [n, N, H], queries as they meet the keys (after RoPE, if the keys are).
-        keys, values: [n, K, H], one sequence.
-        codec: that of the fewer bits.
-        wo: [N, H, D], the output projection; None: the output is that of the heads, side by side.
-        scale: of the scores; None: H^-0.5.
-        causal: whether row i sees rows 0..i alone.
-
-    Returns:
-        Errors [K], float64.
-
-    Raises:
-        ValueError: shapes that do not fit each other.
-    """
-    _check(keys, values)
-    n, heads, size = keys.shape
-    if q.ndim != 3 or (q.shape[0], q.shape[2]) != (n, size) or q.shape[1] % heads:
-        raise ValueError(f"{q.shape=}: expected [{n}, N, {size}] with N a multiple of {heads}")
-    if wo is not None and wo.shape[:2] != q.shape[1:]:
-        raise ValueError(f"{wo.shape=}: expected {q.shape[1:]} and the width")
-    group = q.shape[1] // heads
-    factor = size**-0.5 if scale is None else scale
-    stored = _through(keys, codec, "k"), _through(values, codec, "v")
-    changes, outputs = np.zeros(heads), []
-    for head in range(heads):
-        mine = slice(head * group, (head + 1) * group)
-        queries = np.asarray(q[:, mine], np.float64) * factor
-        exact = _attend(queries, keys[:, head].astype(np.float64), values[:, head].astype(np.float64), causal)
-        coded = _attend(queries, stored[0][:, head], stored[1][:, head], causal)
-        changes[head] = np.sum(_out(coded - exact, wo, mine) ** 2)
-        outputs.append(_out(exact, wo, mine))
-    # Through wo the heads' outputs add up; without it they stand side by side.
-    whole = np.stack(outputs) if wo is None else np.sum(outputs, axis=0)
-    return np.sqrt(changes / max(float(np.sum(whole**2)), np.finfo(np.float64).tiny))
 
 
 def low_heads(scores: np.ndarray, fraction: float) -> np.ndarray:
@@ -234,26 +183,3 @@ def _entropy(rows: np.ndarray) -> np.ndarray:
         share = counts[counts > 0] / counts.sum()
         scores.append(-math.fsum(share * np.log(share)))
     return np.asarray(scores)
-
-
-def _through(rows: np.ndarray, codec: Codec, role: Role) -> np.ndarray:
-    """What the codec makes of [n, K, H], float64."""
-    codes = codec.encode(jnp.asarray(rows, jnp.float32)[None], role)
-    return np.asarray(codec.decode(codes)[0], np.float64)
-
-
-def _attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, causal: bool) -> np.ndarray:
-    """Exact attention of scaled queries [n, G, H] on one head's rows [n, H]."""
-    scores = np.einsum("tgh,sh->gts", q, keys)
-    if causal:
-        n = len(keys)
-        scores = np.where(np.arange(n)[None, :] <= np.arange(n)[:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.einsum("gts,sh->tgh", weights / weights.sum(axis=-1, keepdims=True), values)
-
-
-def _out(heads: np.ndarray, wo: np.ndarray | None, mine: slice) -> np.ndarray:
-    """A group's outputs through its part of the output projection, where there is one."""
-    if wo is None:
-        return heads
-    return np.einsum("tgh,ghd->td", heads, np.asarray(wo, np.float64)[mine])

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from slimjax.cache.codecs.base import Codec, Role
 from slimjax.cache.codecs.extremes import largest
+from slimjax.cache.codecs.narrow import SCALE_DTYPES, as_stored
 from slimjax.pytree import pytree
 
 E4M3_MAX = 448.0
@@ -36,18 +37,22 @@ class Fp8Codec(Codec):
 
     Values below 2^-9 of the scale underflow (steps of 2^-9 below 2^-6). Too large values saturate.
 
-    Bytes: B*S*K*H + 4 * scales: B*S*K ("head"), B*S ("token") or none.
+    Bytes: B*S*K*H + w * scales of w bytes: B*S*K ("head"), B*S ("token") or none.
 
     Attributes:
         scale: "head", one float32 per token and head; "token", one per token's row; "none", rows as they are; or a
             positive number, known beforehand (from calibration) and not stored: value = code * number. One scale
             of the tensor itself there cannot be in a cache that still grows.
+        scale_dtype: of stored scales: float32, bfloat16 or float16. Rows are divided by the scale as stored.
     """
 
     scale: str | float = "head"
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_scale(self.scale, ("head", "token", "none"), "codec fp8")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"codec fp8: {self.scale_dtype=} is none of {', '.join(SCALE_DTYPES)}")
 
     @property
     def name(self) -> str:
@@ -58,12 +63,17 @@ class Fp8Codec(Codec):
         if self.scale in ("head", "token"):
             peak = largest(jnp.abs(rows), axis=(3,) if self.scale == "head" else (2, 3), keepdims=True)
             scale = jnp.where(peak == 0, jnp.ones_like(peak), peak / E4M3_MAX)
-            # The smallest float32 numbers vanish in the division.
-            return Scaled8(codes=to_e4m3(rows / jnp.where(scale == 0, 1.0, scale)), scale=scale)
+            if self.scale_dtype != "float32":
+                scale, read = as_stored(scale, self.scale_dtype)
+            else:
+                read = scale
+            # The smallest numbers vanish in the division.
+            return Scaled8(codes=to_e4m3(rows / jnp.where(read == 0, 1.0, read)), scale=scale)
         return Scaled8(codes=to_e4m3(rows / self._known), scale=None)
 
     def decode(self, codes: Scaled8) -> Float[Array, "B S K H"]:
-        return codes.codes.astype(jnp.float32) * (self._known if codes.scale is None else codes.scale)
+        scale = self._known if codes.scale is None else codes.scale.astype(jnp.float32)
+        return codes.codes.astype(jnp.float32) * scale
 
     @property
     def _known(self) -> float:
@@ -72,7 +82,7 @@ class Fp8Codec(Codec):
     def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         batch, tokens, heads, _ = shape
         scales = {"head": batch * tokens * heads, "token": batch * tokens}.get(str(self.scale), 0)
-        return math.prod(shape) + 4 * scales
+        return math.prod(shape) + jnp.dtype(self.scale_dtype).itemsize * scales
 
 
 def check_scale(scale: str | float, allowed: tuple[str, ...], where: str) -> None:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from slimjax.cache.codecs.base import Codec, Role
+from slimjax.cache.codecs.base import Codec, Role, needless_extra
 from slimjax.cache.codecs.extremes import largest
+from slimjax.cache.codecs.narrow import SCALE_DTYPES, as_stored
 from slimjax.pytree import pytree
 
 
@@ -27,17 +29,21 @@ class IntegerCodec(Codec):
     Rounding is the same for every value under one scale (rms scale / sqrt(12)), unlike a float's, which
     is what makes int16 seven bits finer than bfloat16 near a row's maximum at the same two bytes.
 
-    Bytes: B*S*(K*H * itemsize + 4 * scales), scales = 1 (per token) or K (per token and head).
+    Bytes: B*S*(K*H * itemsize + w * scales), scales = 1 (per token) or K (per token and head), of w bytes.
 
     Attributes:
         bits: 16 or 8.
         per_head: one scale for each key/value head, else one for the whole row.
+        scale_dtype: float32, bfloat16 or float16. Rows are divided by the scale as stored.
     """
 
     bits: int
     per_head: bool
+    scale_dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"{self.scale_dtype=} is none of {', '.join(SCALE_DTYPES)}")
         if self.bits not in (8, 16):
             raise ValueError(f"an integer codec has 8 or 16 bits, not {self.bits=}")
 
@@ -56,16 +62,21 @@ class IntegerCodec(Codec):
         axes = (3,) if self.per_head else (2, 3)
         peak = largest(jnp.abs(rows), axis=axes, keepdims=True)
         scale = jnp.where(peak == 0, jnp.ones_like(peak), peak / self.limit).astype(jnp.float32)
+        if self.scale_dtype != "float32":
+            # Not below what the dtype holds: rows that small would be divided by 0.
+            tiny = float(jnp.finfo(self.scale_dtype).smallest_subnormal)
+            least = jnp.full_like(scale, max(tiny, float(jnp.finfo("float32").tiny)))
+            scale, _ = as_stored(jnp.where(scale < least, least, scale), self.scale_dtype)
         codes = jnp.clip(jnp.round(rows / scale.astype(rows.dtype)), -self.limit, self.limit)
         return Scaled(codes=codes.astype(f"int{self.bits}"), scale=scale)
 
     def decode(self, codes: Scaled) -> Float[Array, "B S K H"]:
-        return codes.codes.astype(jnp.float32) * codes.scale
+        return codes.codes.astype(jnp.float32) * codes.scale.astype(jnp.float32)
 
     def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         batch, tokens, heads, _ = shape
         scales = batch * tokens * (heads if self.per_head else 1)
-        return math.prod(shape) * self.bits // 8 + 4 * scales
+        return math.prod(shape) * self.bits // 8 + jnp.dtype(self.scale_dtype).itemsize * scales
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,9 +102,9 @@ class FixedCodec(Codec):
         """The largest value that is not clipped."""
         return self.limit * self.step
 
-    def refusal(self, basis: str) -> str | None:
+    def refusal(self, basis: str, streams: Mapping[str, tuple[int, int]], plain: int) -> str | None:
         if basis == "k":
-            return None
+            return needless_extra(self, streams)
         return "codec fixed16 has one scale per channel, which only the weights of basis k can take up; use int16"
 
     def encode(self, rows: Float[Array, "B S K H"], role: Role = "k") -> Int[Array, "B S K H"]:

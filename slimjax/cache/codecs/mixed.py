@@ -3,15 +3,21 @@
 Which heads those are is decided before: ``slimjax.solve.heads`` orders a layer's heads, those that bear few
 bits first, and permutes its weights, so that a cache, and a kernel, sees two runs of whole heads
 (arXiv 2412.08585, section 3: head-wise mixed precision).
+
+Heads are whole: of K heads, ``share`` of them rounded down get fewer bits, which ``actual_share`` tells. At the
+default of a half that is 1 of 3 heads, so "2-4" has 3.33 bits a value there and not 3; where it would be none, as of
+one head, the codec refuses. Extra coordinates (``+R``) are one row for all heads and are stored in the wider width.
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from slimjax.cache.codecs.base import Codec, IntegerTile, Role, TiledCodec
+from slimjax.cache.codecs.base import Codec, IntegerTile, Role, TiledCodec, needless_extra
 from slimjax.pytree import pytree
 
 
@@ -28,13 +34,21 @@ def few_heads(heads: int, share: float) -> int:
     return int(heads * share + 1e-9)
 
 
+def actual_share(heads: int, share: float) -> float:
+    """The share of ``heads`` that really gets fewer bits: that of ``few_heads``."""
+    return few_heads(heads, share) / heads
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixed(Codec):
     """A token-local codec in two widths.
 
     Attributes:
         few, many: the codec of the first heads and of the others.
-        share: of the heads that get fewer bits, in [0, 1].
+        share: of the heads that get fewer bits, in [0, 1]; see the module for what becomes of it.
+
+    Raises:
+        ValueError: a share outside [0, 1]; and, of rows, a share that is not one whole head of them.
     """
 
     few: Codec
@@ -63,6 +77,12 @@ class Mixed(Codec):
 
     def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         return _nbytes(self, shape, role)
+
+    def stream(self, name: str) -> Codec:
+        return _stream(self, name)
+
+    def refusal(self, basis: str, streams: Mapping[str, tuple[int, int]], plain: int) -> str | None:
+        return _refusal(self, streams)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +115,10 @@ class MixedTiles(TiledCodec):
         return self.many.prefills
 
     @property
+    def lazy(self) -> bool:
+        return self.many.lazy
+
+    @property
     def integral(self) -> bool:
         return self.few.integral and self.many.integral
 
@@ -123,6 +147,12 @@ class MixedTiles(TiledCodec):
     def nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         return _nbytes(self, shape, role)
 
+    def stream(self, name: str) -> Codec:
+        return _stream(self, name)
+
+    def refusal(self, basis: str, streams: Mapping[str, tuple[int, int]], plain: int) -> str | None:
+        return _refusal(self, streams)
+
     def tiles_nbytes(self, shape: tuple[int, int, int, int], role: Role = "k") -> int:
         few, many = _shapes(shape, self.share)
         return sum(
@@ -134,10 +164,15 @@ class MixedTiles(TiledCodec):
     ) -> Float[Array, "B 1 K 1"] | None:
         return self.many.buffer_scale(rows, given)
 
-    def hold(self, rows: Float[Array, "B T K H"], scale: Float[Array, "B 1 K 1"] | None) -> Array:
+    def tail_scale(
+        self, rows: Float[Array, "B T K H"], given: Bool[Array, "B T"]
+    ) -> Float[Array, "B 1 K 1"] | None:
+        return self.many.tail_scale(rows, given)
+
+    def hold(self, rows: Float[Array, "B T K H"], scale: Float[Array, "B #T K 1"] | None) -> Array:
         return self.many.hold(rows, scale)
 
-    def held(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None) -> Float[Array, "B T K H"]:
+    def held(self, codes: Array, scale: Float[Array, "B #T K 1"] | None) -> Float[Array, "B T K H"]:
         return self.many.held(codes, scale)
 
     def flush(self, codes: Array, scale: Float[Array, "B 1 K 1"] | None, role: Role = "k") -> Pair:
@@ -154,9 +189,39 @@ def _check_share(share: float) -> None:
         raise ValueError(f"{share=}: the share of heads with fewer bits lies in [0, 1]")
 
 
+def _stream(codec: Mixed | MixedTiles, name: str) -> Codec:
+    if name != "r":
+        return codec
+    return codec.extra or codec.many
+
+
+def _refusal(codec: Mixed | MixedTiles, streams: Mapping[str, tuple[int, int]]) -> str | None:
+    for name, (heads, _) in streams.items():
+        if name != "r" and (reason := _none_left(heads, codec.share)):
+            return reason
+    return needless_extra(codec, streams)
+
+
+def _none_left(heads: int, share: float) -> str | None:
+    """Why heads cannot have two widths, or None."""
+    if share == 0 or few_heads(heads, share):
+        return None
+    few = "1 head" if heads == 1 else f"{heads} heads"
+    more = "" if heads == 1 else f", or a share of {math.ceil(1000 / heads) / 1000} or more"
+    why = f"a share of {share} of {few} is no whole head for the fewer of two widths"
+    return f"{why}: use one width, such as 4 bits{more}"
+
+
+def _checked(heads: int, share: float) -> int:
+    """``few_heads``. Raises ValueError where a share is asked for and is no whole head."""
+    if reason := _none_left(heads, share):
+        raise ValueError(reason)
+    return few_heads(heads, share)
+
+
 def _split(rows: Array, share: float) -> tuple[Array | None, Array | None]:
     """The first heads and the others, heads being the last axis but one."""
-    few = few_heads(rows.shape[-2], share)
+    few = _checked(rows.shape[-2], share)
     return (rows[..., :few, :] if few else None, rows[..., few:, :] if few < rows.shape[-2] else None)
 
 
@@ -172,5 +237,5 @@ def _nbytes(codec: Mixed | MixedTiles, shape: tuple[int, int, int, int], role: R
 def _shapes(shape: tuple[int, int, int, int], share: float) -> tuple[tuple[int, int, int, int], ...]:
     """The shapes of the rows of the first heads and of the others."""
     batch, tokens, heads, size = shape
-    few = few_heads(heads, share)
+    few = _checked(heads, share)
     return (batch, tokens, few, size), (batch, tokens, heads - few, size)
