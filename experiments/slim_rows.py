@@ -18,13 +18,12 @@ from experiments.directory import RunDirectory
 from experiments.schemes import IDENTITY, cache_bytes
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from experiments.slim_settings import SLIM_ROWS
+from experiments.slim_sparse import skipped
 from slimjax.attention.bases import basis
 from slimjax.attention.cross import attend_filled, cross_full, fill
 from slimjax.attention.layer import CachedAttention, attend_cached, attend_full, init_cache, prefill
-from slimjax.attention.positions import Position, init_bias, rotate
-from slimjax.attention.projections import Projections, project
-from slimjax.attention.reference import geometry, scores, weights
-from slimjax.attention.sparsity import skip_rates
+from slimjax.attention.positions import Position, init_bias
+from slimjax.attention.projections import Projections
 from slimjax.config import Config
 from slimjax.cost import model
 from slimjax.cost.architectures import Architecture
@@ -210,7 +209,7 @@ def _errors(spec: DecodeSpec, row: Row, cell: Cell) -> dict[str, Any]:
     if cell["dtype"] != IDENTITY:
         metrics["bytes_per_token"] = cache_bytes(spec, BATCH, tokens) / (BATCH * tokens)
     if spec.scheme.softmax != "exact":
-        metrics |= _skipped(last, spec, x)
+        metrics |= skipped(last, dataclasses.replace(spec, dtype=IDENTITY), [(x, x)])
     return metrics | (_counted(spec, tokens) if "cost" in str(cell["method"]) else {})
 
 
@@ -249,25 +248,6 @@ def _drawn(spec: DecodeSpec, draw: np.random.Generator, *, biases: bool) -> Proj
         position=init_bias(spec.position, heads, jax.random.key(0)),
         **({name: array(*shape) for name, shape in more.items()} if biases else {}),
     )
-
-
-def _skipped(layer: Projections, spec: DecodeSpec, x: np.ndarray) -> dict[str, float]:
-    """Shares of (query, key) pairs of weight 0: of a head, jointly of a group, jointly of all heads."""
-    at = dataclasses.replace(spec, dtype=IDENTITY)
-    batch, tokens, _ = x.shape
-    positions = jnp.arange(tokens, dtype=jnp.int32)
-    q, k = (
-        rotate(project(_as(x, at), each, None, at.dtype), positions[None], at.position)
-        for each in (layer.wq, layer.wk)
-    )
-    everywhere = jnp.broadcast_to(positions[None], (batch, tokens))
-    where = geometry(everywhere, positions, jnp.full((batch,), tokens, jnp.int32), layer.position, at)
-    rates = skip_rates(weights(scores(q, k), where, at), where.mask, at.kv_heads)
-    return {
-        "skipped_by_head": float(rates.head),
-        "skipped_by_group": float(rates.group),
-        "skipped_by_all": float(rates.row),
-    }
 
 
 def _counted(spec: DecodeSpec, tokens: int) -> dict[str, float]:

@@ -31,15 +31,16 @@ class SlimWhisperConfig(Config):
     layer_schemes: tuple[str, ...] = ("k:bf16", "k:int16", "k:int16+16")  # on every layer by itself
     product_scheme: str = "k:int16+16"  # whose map is multiplied in `products`
     products: tuple[str, ...] = ()  # names in `slimjax.solve.products`
+    sparse_schemes: tuple[str, ...] = ()  # thresholded, k:int16+16@sparse(0.001), on every layer by itself
     schemes: tuple[str, ...] = ("kv:bf16", "k:int16+16")  # of transcripts; 'cross,self' or one for both
     max_errors: tuple[Positive, ...] = ()  # of transcripts under plans
 
     def validate(self) -> None:
-        for name in ("layer_schemes", "products", "schemes", "max_errors"):
+        for name in ("layer_schemes", "products", "sparse_schemes", "schemes", "max_errors"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} = {values}: expected distinct values", name)
-        for name in ("layer_schemes", "schemes"):
+        for name in ("layer_schemes", "sparse_schemes", "schemes"):
             _check_schemes(name, getattr(self, name), 2 if name == "schemes" else 1)
         _check_schemes("product_scheme", (self.product_scheme,))
         for product in self.products:

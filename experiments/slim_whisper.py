@@ -1,9 +1,11 @@
 """Slim attention on a real model and real speech: Whisper's layers one by one, then its transcripts.
 
-Layers: the error of V through each cache on held-out speech, exact and noise-aware, and in which arithmetic.
+Layers: the error of V through each cache on held-out speech, exact and noise-aware, and in which arithmetic; what
+a thresholded softmax spares and costs.
 Transcripts: words that are wrong, and whether the text stays that of an ordinary bf16 KV cache.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from flax import nnx
 
 from experiments.directory import Refused, RunDirectory
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
+from experiments.slim_sparse import attention_error, skipped
+from slimjax.attention.layer import CachedAttention
 from slimjax.audio import read_sound
 from slimjax.config import ELSEWHERE, Config, ConfigError
 from slimjax.models.load import LoadedWhisper, load_whisper
@@ -25,8 +29,9 @@ from slimjax.models.whisper_caches import WhisperLayers, begin
 from slimjax.models.whisper_convert import convert_whisper, layer_names
 from slimjax.numerics import logit_kl
 from slimjax.scheme import Scheme, parse_scheme, parse_schemes
+from slimjax.solve import convert
 from slimjax.solve.augment import Solution
-from slimjax.solve.calibrate import Calibration, collect
+from slimjax.solve.calibrate import TURN, Calibration, collect
 from slimjax.solve.fit import fit, value_error
 from slimjax.solve.linear import condition_number
 from slimjax.solve.options import Layer, Option, option
@@ -50,6 +55,7 @@ class SlimWhisper(Config):
     layer_schemes: tuple[str, ...]
     product_scheme: str
     products: tuple[str, ...]
+    sparse_schemes: tuple[str, ...]
     schemes: tuple[str, ...]
     max_errors: tuple[float, ...]
 
@@ -75,6 +81,7 @@ def resolve(build: Build) -> SlimWhisper:
         layer_schemes=section.layer_schemes,
         product_scheme=section.product_scheme,
         products=section.products,
+        sparse_schemes=section.sparse_schemes,
         schemes=section.schemes,
         max_errors=section.max_errors,
     )
@@ -110,7 +117,11 @@ def _layer_cells(config: SlimWhisper, index: int, kind: str) -> tuple[Cell, ...]
         {"experiment": "whisper_products", **place, **chosen, "compute": product}
         for product in config.products
     ]
-    return (*schemes, *products)
+    sparse = [
+        {"experiment": "whisper_sparse", **place, **coordinates(scheme), "option": scheme.option}
+        for scheme in map(parse_scheme, config.sparse_schemes)
+    ]
+    return (*schemes, *products, *sparse)
 
 
 def coordinates(scheme: Scheme) -> dict[str, Any]:
@@ -191,34 +202,57 @@ def prepare(unit: Unit, config: SlimWhisper, directory: RunDirectory) -> Measure
         raise Refused(str(error)) from error
     if unit.data is None:
         return _transcripts(shared, config)
-    names = [layer.name for layer in shared.layers]
-    index = names.index(unit.data)
-    return _layer(shared.layers[index], shared.calibrations[index])
+    return _layer(shared, [layer.name for layer in shared.layers].index(unit.data))
 
 
 # Layers ----------------------------------------------------------------------------------------------------
 
 
-def _layer(layer: Layer, calibration: Calibration) -> Measure:
-    """Measures one scheme, or one product, on one layer and held-out speech."""
+def _layer(shared: Material, index: int) -> Measure:
+    """Measures one scheme, one product or one thresholded softmax on one layer and held-out speech."""
+    layer, calibration = shared.layers[index], shared.calibrations[index]
 
     @functools.cache
-    def fitted(text: str) -> Solution:
-        return fit(layer.keys, layer.values, layer.under(parse_scheme(text)), calibration).solution
+    def fitted(scheme: Scheme) -> Solution:
+        return fit(layer.keys, layer.values, layer.under(scheme), calibration).solution
 
     def measure(cell: Cell) -> dict[str, Any]:
-        text = str(cell["scheme"])
-        spec = layer.under(parse_scheme(text))
+        scheme = parse_scheme(str(cell["scheme"]))
+        spec = layer.under(scheme)
+        if cell["experiment"] == "whisper_sparse":
+            # The map knows rows alone: not how they are weighed, nor when they are multiplied.
+            plain = dataclasses.replace(scheme, option=0, softmax="exact")
+            solution = fitted(plain) if scheme.basis in ("k", "kr") else None
+            done = convert(layer.projections, spec, layer=layer.name, solution=solution)
+            return _spared(shared, index, done.layer)
         if "compute" in cell:
             product, rows = str(cell["compute"]), calibration.held_out
-            error = value_error(rows, layer.keys, layer.values, fitted(text), spec, product)
+            error = value_error(rows, layer.keys, layer.values, fitted(scheme), spec, product)
             return {"value_error": error}
-        found = option(layer, spec.scheme, calibration)
+        found = option(layer, scheme, calibration)
         if found.refused:
             raise NotImplementedError(found.refused)
         return _figures(layer, found)
 
     return measure
+
+
+def _spared(shared: Material, index: int, converted: CachedAttention) -> dict[str, Any]:
+    """The error on the clips that no map has seen; the skip rates, which nothing is fitted for, on all."""
+    trained, spec = shared.layers[index].projections, converted.spec
+    inputs = [_inputs(heard, index // 2, own=spec.causal) for heard in shared.heard]
+    unseen = [each for number, each in enumerate(inputs) if TURN[number % len(TURN)] == "held_out"]
+    error = attention_error(converted, trained, unseen)
+    rates = skipped(trained, spec, inputs) if spec.scheme.softmax != "exact" else {}
+    return {"attention_error": error, **rates}
+
+
+def _inputs(heard: Heard, block: int, *, own: bool) -> tuple[np.ndarray, np.ndarray]:
+    """What a block's queries and keys are made of, float32 [1, T, D] and [1, S, D]."""
+    if own:
+        both = np.asarray(heard.inputs.self_inputs[block])
+        return both, both
+    return np.asarray(heard.inputs.cross_inputs[block]), np.asarray(heard.inputs.memory)
 
 
 def _figures(layer: Layer, found: Option) -> dict[str, Any]:
@@ -258,7 +292,9 @@ def _transcripts(shared: Material, config: SlimWhisper) -> Measure:
             jnp.mean(logit_kl(_teacher_forced(shared.loaded, layers, each), reference))
             for each, reference in zip(shared.heard, logits, strict=True)
         ]
-        bytes_now = found[0].self_bytes + found[0].cross_bytes
+        bytes_now, bytes_then = (one[0].self_bytes + one[0].cross_bytes for one in (found, plain))
+        left_out = _encoder_bytes(shared, layers)
+        without = {"compression_without_e": bytes_then / (bytes_now - left_out)} if left_out else {}
         worst = {"value_error": max(c.error for c in plans[text].layers)} if text in plans else {}
         return {
             **worst,
@@ -269,12 +305,22 @@ def _transcripts(shared: Material, config: SlimWhisper) -> Measure:
             "self_cache_bytes": found[0].self_bytes,
             "cross_cache_bytes": found[0].cross_bytes,
             "cache_bytes": bytes_now,
-            "compression": (plain[0].self_bytes + plain[0].cross_bytes) / bytes_now,
+            "compression": bytes_then / bytes_now,
+            **without,
             "tokens_per_second": sum(t.generated for t in found) / sum(t.decode_seconds for t in found),
             "cross_milliseconds": 1e3 * float(np.median([t.cross_seconds for t in found])),
         }
 
     return measure
+
+
+def _encoder_bytes(shared: Material, layers: WhisperLayers) -> int:
+    """Bytes of the caches that hold the encoder's output itself, measured from their leaves."""
+    memory = jnp.asarray(shared.heard[0].inputs.memory)
+    caches = begin(layers, memory, capacity=shared.loaded.model.config.text_positions)
+    bases = [layer.spec.scheme.basis for layer in layers.cross_layers]
+    read = {number for number, name in zip(caches.reads, bases, strict=True) if name == "e"}
+    return sum(caches.cross_caches[number].nbytes for number in read)
 
 
 def _errors(shared: Material, found: Sequence[Transcript]) -> int:
