@@ -10,7 +10,7 @@ from experiments.directory import Refused, RunDirectory
 from slimjax.config import ConfigError, DataConfig, EquivalenceConfig, ModelConfig, TrainConfig
 from slimjax.data import Corpus, load_corpus
 
-SOURCES = ("Data.path", "Data.tokenizer", "Data.held_out_percent", "Pretrained.path")
+SOURCES = ("Data.path", "Data.tokenizer", "Data.held_out_percent", "Data.task", "Pretrained.path")
 
 
 def text(data: DataConfig, *, section: str = "Data") -> Corpus:
@@ -73,5 +73,7 @@ def loaded(data: DataConfig, directory: RunDirectory) -> Corpus:
 
 
 def _name(data: DataConfig) -> str:
+    if data.task is not None:
+        return f"task {data.task}"
     text = "standard library" if data.path is None else data.path
     return f"text {text}" + (f" by {data.tokenizer}" if data.tokenizer else "")

@@ -253,11 +253,33 @@ class TrackingConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config):
-    """Text as bytes (or tokens of a tokenizer), split by file."""
+    """Text as bytes (or tokens of a tokenizer), split by file; or a task's problems, split one by one."""
 
     path: str | None = None  # a file, a folder or a glob; None: the running Python's standard library
     tokenizer: str | None = None  # a tokenizer.json; None: bytes
     held_out_percent: Annotated[float, Range(above=0.0, most=50.0)] = 5.0
+    task: str | None = dataclasses.field(default=None, metadata=ADDED)  # `slimjax.tasks.parse_task` reads it
+    first_task: str | None = dataclasses.field(default=None, metadata=ADDED)  # an easier one, to begin with
+    first_steps: Whole = dataclasses.field(default=0, metadata=ADDED)  # for so many training steps
+
+    def validate(self) -> None:
+        if (self.first_task is None) != (self.first_steps == 0) or (self.first_task and self.task is None):
+            raise ConfigError(
+                "first_task, first_steps and the task they lead to belong together: expected all three, or "
+                "neither of the first two",
+                ("first_task", "first_steps", "task"),
+            )
+        if self.task is None:
+            return
+        if self.path is not None or self.tokenizer is not None:
+            raise ConfigError("task makes its own text: expected no path and no tokenizer beside it", "task")
+        from slimjax.tasks import parse_task  # tasks import models, which import this module
+
+        for name in ("task", "first_task"):
+            try:
+                parse_task(getattr(self, name) or "lookup_sum")
+            except ValueError as error:
+                raise ConfigError(str(error), name) from None
 
 
 @dataclass(frozen=True, kw_only=True)

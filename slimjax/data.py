@@ -26,6 +26,7 @@ class Corpus:
         vocab: V.
         bytes_per_token: of the held-out text; bits per byte = bits per token / bytes_per_token.
         digest: sha256 (12 hex) of the files it was read from, their names, contents and split; "": of no files.
+        masked: whether ``batch`` writes ~t (below 0) for a token t that is given, and that training does not learn.
     """
 
     train: np.ndarray
@@ -33,6 +34,7 @@ class Corpus:
     vocab: int
     bytes_per_token: float = 1.0
     digest: str = ""
+    masked: bool = False
 
     def batch(self, seed: int, step: int, batch: int, length: int) -> np.ndarray:
         """Random training windows, a pure function of its arguments.
@@ -78,7 +80,7 @@ def _windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
 
 
 def load_corpus(config: DataConfig = DataConfig()) -> Corpus:
-    """The corpus of a config: a file, a folder (all files below it), a glob, or the standard library's source.
+    """The corpus of a config: a task's, a file, a folder with all below it, a glob, or the standard library's source.
 
     Files go to the held-out side by a hash of their path relative to the corpus, so the split is the same
     on every machine and a new file moves no other. A single file is split near its end instead.
@@ -87,6 +89,11 @@ def load_corpus(config: DataConfig = DataConfig()) -> Corpus:
         ValueError: no files, or nothing in them, or one that cannot be read, under ``config.path``; a
             tokenizer.json that cannot be read. The message begins with the field.
     """
+    if config.task is not None:
+        from slimjax.tasks import parse_task, task_corpus  # tasks import this module
+
+        first = None if config.first_task is None else parse_task(config.first_task)
+        return task_corpus(parse_task(config.task), first, config.first_steps)
     root, files = _standard_library() if config.path is None else _files(config.path)
     try:
         texts = {str(file.relative_to(root).as_posix()): file.read_bytes() for file in files}

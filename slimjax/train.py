@@ -106,7 +106,7 @@ def train(
     if corpus.vocab > model_config.vocab:
         raise ValueError(f"{corpus.vocab=} does not fit the model's {model_config.vocab=}")
     state = initial_state(model_config, train_config) if state is None else state
-    step, given = compiled_step(model_config, train_config), numbers(train_config)
+    step, given = compiled_step(model_config, train_config, corpus.masked), numbers(train_config)
     first, last = int(state.step), train_config.steps if until is None else until
     begun, pending = time.perf_counter(), None
 
@@ -193,7 +193,7 @@ Step = Callable[[TrainState, Int[Array, "B T"], Numbers], tuple[TrainState, Arra
 """A state, a batch of tokens [B, T+1] and a config's numbers to the next state and the loss before it."""
 
 
-def compiled_step(model_config: ModelConfig, config: TrainConfig) -> Step:
+def compiled_step(model_config: ModelConfig, config: TrainConfig, masked: bool = False) -> Step:
     """``train_step`` compiled, once for all configs of a shape; the state that it is given is consumed."""
     plain = TrainConfig(steps=0, warmup=0, batch=config.accumulation, accumulation=config.accumulation)
     shape = dataclasses.replace(
@@ -202,25 +202,25 @@ def compiled_step(model_config: ModelConfig, config: TrainConfig) -> Step:
         clip=config.clip and 1.0,
         conditioning_penalty=float(config.conditioning_penalty > 0),
     )
-    return _compiled_step(dataclasses.replace(model_config, key_init="default"), shape)
+    return _compiled_step(dataclasses.replace(model_config, key_init="default"), shape, masked)
 
 
 @functools.lru_cache(maxsize=4)  # going on from a state compiles nothing anew
-def _compiled_step(model_config: ModelConfig, shape: TrainConfig) -> Step:
-    return jax.jit(train_step(model_config, shape), donate_argnums=0)
+def _compiled_step(model_config: ModelConfig, shape: TrainConfig, masked: bool) -> Step:
+    return jax.jit(train_step(model_config, shape, masked), donate_argnums=0)
 
 
-def train_step(model_config: ModelConfig, config: TrainConfig) -> Step:
+def train_step(model_config: ModelConfig, config: TrainConfig, masked: bool = False) -> Step:
     """One step, not compiled.
 
     Of the config it has the compute dtype, the parts of a batch, and whether there is a penalty and clipping at
-    all; how much of these, and all else, is in the ``Numbers`` that it is called with.
+    all; how much of these, and all else, is in the ``Numbers`` that it is called with. masked: see ``Corpus``.
     """
     graph = _graph(model_config)
 
     def objective(params: nnx.State, tokens: Int[Array, "B T"], given: Numbers) -> tuple[Array, Array]:
         model = nnx.merge(graph, params)
-        loss = cross_entropy(model(tokens[:, :-1], config.dtype), tokens[:, 1:])
+        loss = _loss(model, tokens, config.dtype, masked)
         if not config.conditioning_penalty:
             return loss, loss
         penalties = [conditioning_penalty(block.attention.key.kernel[...]) for block in model.blocks]
@@ -244,6 +244,17 @@ def train_step(model_config: ModelConfig, config: TrainConfig) -> Step:
         ), loss
 
     return step
+
+
+def _loss(model: DecoderLM, tokens: Int[Array, "B T"], dtype: str, masked: bool) -> Float[Array, ""]:
+    """Nats per token; masked: of the targets that are to be learnt, tokens below 0 being given."""
+    if not masked:
+        return cross_entropy(model(tokens[:, :-1], dtype), tokens[:, 1:])
+    known = jnp.where(tokens < 0, ~tokens, tokens)
+    logits, targets = model(known[:, :-1], dtype), known[:, 1:]
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    learnt = (tokens[:, 1:] >= 0).astype(logits.dtype)
+    return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * learnt) / jnp.sum(learnt)
 
 
 def _mean_gradient(
