@@ -29,7 +29,7 @@ SHELL := bash
 # Targets share one environment; pip must not run in it twice at once.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-parity models lint format clean python-ok
+.PHONY: help quickstart reproduce reproduce-fast test test-fast test-parity models lint format clean python-ok
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -37,6 +37,34 @@ help: ## this list
 
 quickstart: $(STAMP)-run ## train a small model on real text, convert its caches, print where report.html is (< 5 min)
 	"$(BIN)/python" -m experiments.run configs/quickstart.gin $(ARGS)
+
+# The comparison of TurboAttention with its rivals: a table each of configs/ablation. Finished ones are only reported.
+RUN = "$(BIN)/python" -m experiments.run
+ABLATION := configs/ablation
+TABLES := main components pareto selectors tiles buffer protection sas_models slim_turbo
+# A model that solves a task (configs/reasoning.gin), where one is trained: its answers are counted in two tables.
+REASONING ?= $(firstword $(wildcard results/reasoning/*/models/*))
+ASKED := main components
+FAST := --set "Compare.models = ()" --set "Compare.tokens = 1024" --set "Compare.problems = 0"
+SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 400"
+
+reproduce: $(STAMP)-run models ## the tables of the comparison, into results/ablation (about 80 min; goes on where it stopped)
+	$(RUN) $(ABLATION)/lm.gin --out results/ablation/lm
+	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table; done
+	for table in $(TABLES); do \
+	  trained="'results/ablation/lm',"; \
+	  case " $(ASKED) " in *" $$table "*) trained="$$trained $(REASONING:%='%',)";; esac; \
+	  $(RUN) $(ABLATION)/$$table.gin --set "Compare.trained = ($$trained)" --out results/ablation/$$table $(ARGS); \
+	done
+	$(RUN) $(ABLATION)/context.gin --out results/ablation/context $(ARGS)
+
+reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute and fewer tokens (under 8 min)
+	$(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
+	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table; done
+	for table in $(TABLES) context; do \
+	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.trained = ('results/ablation-fast/lm',)" \
+	    --out results/ablation-fast/$$table $(ARGS); \
+	done
 
 test: $(STAMP)-test ## the test suite (about 16 min)
 	$(PYTEST) --ignore=tests/parity $(ARGS)

@@ -31,7 +31,7 @@ def scheme_cells(shared: Cell, model: ModelConfig, equivalence: EquivalenceConfi
     return tuple(
         {
             **shared,
-            **_parts(parse_scheme(scheme)),
+            **parts(parse_scheme(scheme)),
             "compute": "float",
             "backend": "reference",
             "heads": model.heads,
@@ -46,10 +46,11 @@ def scheme_cells(shared: Cell, model: ModelConfig, equivalence: EquivalenceConfi
     )
 
 
-def _parts(scheme: Scheme) -> dict[str, Any]:
-    parts = {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
-    del parts["options"]  # no coordinate of its own: the scheme's text has them
-    return {"scheme": str(scheme), **parts}
+def parts(scheme: Scheme) -> dict[str, Any]:
+    """A scheme as a record's coordinates."""
+    found = {field.name: getattr(scheme, field.name) for field in dataclasses.fields(scheme)}
+    del found["options"]  # no coordinate of its own: the scheme's text has them
+    return {"scheme": str(scheme), **found}
 
 
 def measuring(reference: evaluate.Reference, equivalence: EquivalenceConfig) -> Measure:
@@ -75,7 +76,7 @@ def forecast(
     train: TrainConfig | None = None,
 ) -> Forecast:
     """Of a unit of such cells, and of the training before them, where there is any."""
-    cost = training(model, train) if train is not None else Forecast(bytes=_floats(model) * 4)
+    cost = training(model, train) if train is not None else Forecast(bytes=floats(model) * 4)
     width = max(equivalence.length, equivalence.prompt_length + equivalence.generated)
     rows = equivalence.tokens // equivalence.length + equivalence.prompts
     refused, largest = {}, 0
@@ -87,8 +88,8 @@ def forecast(
             refused[index] = str(refusal)
     scored = [cell for i, cell in enumerate(cells) if i not in refused and cell["dtype"] != IDENTITY]
     return Forecast(
-        flops=cost.flops + 2.0 * _floats(model) * equivalence.tokens * len(scored),
-        bytes=max(cost.bytes, _floats(model) * 4 + largest),
+        flops=cost.flops + 2.0 * floats(model) * equivalence.tokens * len(scored),
+        bytes=max(cost.bytes, floats(model) * 4 + largest),
         refused=refused,
     )
 
@@ -97,7 +98,7 @@ def training(model: ModelConfig, train: TrainConfig) -> Forecast:
     """Of training alone: 6 FLOP per parameter and token; parameters, gradient, the optimizer's two, a part's logits."""
     state = _state(model, dataclasses.replace(train, seed=0, steps=max(train.steps, train.warmup)))
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    parameters, tokens = _floats(model), train.batch * train.length
+    parameters, tokens = floats(model), train.batch * train.length
     logits = 4 * tokens // train.accumulation * model.vocab
     return Forecast(flops=6.0 * parameters * train.steps * tokens, bytes=stored + 4 * parameters + logits)
 
@@ -113,7 +114,7 @@ def _state(model: ModelConfig, train: TrainConfig) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _floats(model: ModelConfig) -> int:
+def floats(model: ModelConfig) -> int:
     """Trained numbers."""
     shapes = jax.eval_shape(lambda: nnx.state(DecoderLM(model, rngs=nnx.Rngs(0)), nnx.Param))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

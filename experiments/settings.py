@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, cast
 
+from experiments.compare_settings import CompareConfig, SyntheticConfig
 from experiments.directory import RunDirectory
 from experiments.slim_settings import SlimErrorConfig, SlimRowsConfig, SlimWhisperConfig
 from slimjax.config import (
@@ -44,6 +45,9 @@ EXPERIMENTS = {
     "slim_whisper": "experiments.slim_whisper",
     "slim_error": "experiments.slim_error",
     "slim_rows": "experiments.slim_rows",
+    "reasoning": "experiments.reasoning",
+    "compare": "experiments.compare",
+    "synthetic": "experiments.synthetic",
 }
 
 
@@ -86,6 +90,20 @@ class TrainingConfig(QuickstartConfig):
     """The models that are trained, named as in `Quickstart`, and how much they are asked when they are done."""
 
     held_out_tokens: Count = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningConfig(QuickstartConfig):
+    """The models that learn `Data.task`, named as in `Quickstart`, and the caches that they answer through."""
+
+    schemes: tuple[str, ...] = ("kv:float32", "kv:int8", "kv:int4", "kv:int2")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # compute dtype
+    problems: Count = 500  # none of them trained on
+    seed: Whole = 0  # of the problems
+
+    def validate(self) -> None:
+        super().validate()
+        EquivalenceConfig(schemes=self.schemes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +234,7 @@ SECTIONS: dict[str, type[Config]] = {
     "Quickstart": QuickstartConfig,
     "Training": TrainingConfig,
     "Checkpoint": CheckpointConfig,
+    "Reasoning": ReasoningConfig,
     "Pretrained": PretrainedConfig,
     "Ablate": AblateConfig,
     "Paper": PaperConfig,
@@ -224,6 +243,8 @@ SECTIONS: dict[str, type[Config]] = {
     "SlimWhisper": SlimWhisperConfig,
     "SlimError": SlimErrorConfig,
     "SlimRows": SlimRowsConfig,
+    "Compare": CompareConfig,
+    "Synthetic": SyntheticConfig,
     "Tracking": TrackingConfig,
 }
 

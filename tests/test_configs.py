@@ -41,6 +41,7 @@ def given(tmp_path_factory):
     return {
         "equivalence": [f"Pretrained.checkpoint = {str(folder)!r}"],
         "slim_error": [f"SlimError.trained = {str(folder)!r}"],
+        "compare": [f"Compare.trained = {(str(folder),)!r}"],
     }
 
 

@@ -14,7 +14,22 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from slimjax.records import Record
-from slimjax.report import compare, front, generic, paper, plots, samples, slim, slim_plots, tables
+from slimjax.report import (
+    ablation,
+    ablation_findings,
+    ablation_plots,
+    compare,
+    front,
+    generic,
+    paper,
+    plots,
+    samples,
+    slim,
+    slim_plots,
+    synthetic,
+    tables,
+    whisper,
+)
 from slimjax.report.equivalence import equivalence_table, models_table
 from slimjax.report.findings import findings as _findings
 from slimjax.report.html import Part, html
@@ -41,8 +56,23 @@ TITLES = {
     "decode_bench": "How long does a decoded token take?",
     "train_bench": "How long does a training step take?",
     "slim_error": "Where slim attention's error comes from",
+    "reasoning": "How many problems does a model still solve through its cache?",
+    "compare": "Caches side by side",
+    "synthetic": "Attention on Gaussian numbers",
 }
-SLIM = "slim_error"  # has tables, plots and sentences of its own
+SLIM, COMPARE = "slim_error", "compare"
+# Experiments with tables and sentences of their own.
+TABLES = {
+    SLIM: slim.slim_tables,
+    COMPARE: ablation.ablation_tables,
+    "synthetic": synthetic.synthetic_tables,
+    "paper": paper.paper_tables,
+}
+FINDINGS = {
+    SLIM: slim.slim_findings,
+    COMPARE: ablation_findings.ablation_findings,
+    "synthetic": synthetic.synthetic_findings,
+}
 MOST = 8  # models with a table each; beyond, one table of all cells is easier to read
 
 
@@ -57,7 +87,7 @@ def findings(records: Sequence[Record]) -> list[str]:
     return [
         sentence
         for name, here in generic.experiments(records).items()
-        for sentence in (slim.slim_findings(here) if name == SLIM else _findings(samples.qualified(here)))
+        for sentence in (FINDINGS[name](here) if name in FINDINGS else _findings(samples.qualified(here)))
     ]
 
 
@@ -65,17 +95,16 @@ def report_tables(records: Sequence[Record]) -> dict[str, tables.Table]:
     """Every table of a report by file name, which is letters, digits, `_` and `-`.
 
     Records of schemes on models: `schemes_MODEL` for each model, then `models`, side by side. Any other
-    experiment: `cells`. Where there are several experiments their names follow: `cells_train`.
+    experiment: `cells`, and `worst`, its worst layers, where it measures layers one by one. Where there are several
+    experiments their names follow: `cells_train`.
     """
     groups = generic.experiments(records)
     made: dict[str, tables.Table] = {}
     for experiment, found in groups.items():
         suffix = f"_{experiment}" if len(groups) > 1 else ""
-        if experiment == "paper":
-            made |= {f"{name}{suffix}": table for name, table in paper.paper_tables(found).items()}
-            continue
-        if experiment == SLIM:
-            made |= {_slug(f"{name}{suffix}"): table for name, table in slim.slim_tables(found).items()}
+        if experiment in TABLES:
+            own = TABLES[experiment](found)
+            made |= {_slug(f"{name}{suffix}"): table for name, table in own.items()}
             continue
         here = samples.qualified(found) if generic.is_equivalence(found) else found
         models = samples.distinct(here, "model")
@@ -87,6 +116,8 @@ def report_tables(records: Sequence[Record]) -> dict[str, tables.Table]:
         else:
             title = "Cells" + (f" of {experiment.replace('_', ' ')}" if experiment else "")
             made[_slug(f"cells{suffix}")] = generic.cells_table(found, title)
+            if worst := whisper.worst_table(experiment, found):
+                made[_slug(f"worst{suffix}")] = worst
     return made or {"models": models_table([])}
 
 
@@ -208,7 +239,11 @@ def _figures(
     records: Sequence[Record], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[str, Figure]]:
     """Every plot that has something to show, with its caption."""
-    asked = [here for here in generic.experiments(records).values() if generic.is_equivalence(here)]
+    asked = [
+        here
+        for name, here in generic.experiments(records).items()
+        if name not in TABLES and generic.is_equivalence(here)
+    ]
     here = samples.qualified([record for group in asked for record in group])
     found: dict[str, tuple[str, Figure]] = {}
     if any("attention_error" in record.metrics for record in here):
@@ -219,6 +254,7 @@ def _figures(
             best,
         )
     found |= slim_plots.slim_plots(samples.select(records, experiment=SLIM))
+    found |= ablation_plots.ablation_plots(samples.select(records, experiment=COMPARE))
     if any("step" in line and ("loss" in line or "bits_per_byte" in line) for line in metrics):
         found["loss"] = ("Training loss.", plots.loss_plot(metrics))
     return found

@@ -40,6 +40,7 @@ COLUMNS = {
     "generated": Column("generated (tokens)", "count"),
     "bytes_per_token": Column("cache (bytes per token)", "count"),
     "compression": Column("bf16 KV / this cache", "ratio"),
+    "compression_without_e": Column("the same, E left out", "ratio"),
     "parameters": Column("parameters", "count"),
     "tokens_per_second": Column("tokens per second", "number"),
     "time_to_first_token": Column("time to first token (ms)", "number"),
@@ -72,6 +73,9 @@ COLUMNS = {
     "bytes_read_per_token": Column("bytes read per token", "count"),
     "operations_per_byte": Column("OPs per byte", "number"),
     "break_even": Column("break-even B·S (with an encoder: B)", "count"),
+    "skipped_by_head": Column("skipped by a head, %", "percent"),
+    "skipped_by_group": Column("skipped by a group, %", "percent"),
+    "skipped_by_all": Column("skipped by all heads, %", "percent"),
     "milliseconds_bound": Column("least time of a step (ms)", "number"),
     "speedup": Column("speed-up", "ratio"),
 }
@@ -205,6 +209,8 @@ def _upper(text: str) -> str:
 def is_equivalence(records: Sequence[Record]) -> bool:
     """Whether these records ask if schemes are exact on models: those have tables of their own."""
     if not distinct(records, "scheme") or not distinct(records, "model"):
+        return False
+    if distinct(records, "layer"):  # one layer at a time is another question
         return False
     asked = {"identity_error", "attention_error", "bits_per_byte_change"}
     found = set(metric_names(records))

@@ -1,0 +1,305 @@
+"""Caches side by side on language models: what each does to the model's text, to its layers, and to its answers.
+
+A cell is one way to cache on one model: a scheme, how its heads of fewer bits are chosen, which layers are spared.
+The exact model is run once for all cells of a model. Maps and heads are chosen on tokens that are not scored.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import schemes
+from experiments.compare_settings import CompareConfig
+from experiments.directory import Refused, RunDirectory
+from experiments.settings import Build, Cell, Forecast, Measure, Unit
+from slimjax import pretrained
+from slimjax.compare import Choice, Exact, choose, measure, named, prepare as prepare_exact
+from slimjax.config import ELSEWHERE, Config, ConfigError, DataConfig, ModelConfig
+from slimjax.data import Corpus, load_corpus
+from slimjax.models.decoder import DecoderLM, convert_model
+from slimjax.models.load import load_decoder
+from slimjax.models.load.llama import is_decoder, open_decoder
+from slimjax.models.load.text_tokens import tokenizer_of
+from slimjax.scheme import parse_scheme
+from slimjax.statistics import mcnemar, wilson
+from slimjax.tasks import parse_task, problems, solved
+from slimjax.tasks.task import row_length, rows
+
+TITLE = "Caches side by side"
+DTYPE = "float32"  # of queries, weights and output, so that what differs is the cache's
+UNQUANTISED = "kv:float32"  # whose answers McNemar's test holds others against
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject(Config):
+    """A model. It counts by its contents (`digest`), wherever it lies.
+
+    `text` is what a model of others reads, "" for one trained here (`data` says what); `length` is that of its
+    windows: a task's rows have one of their own.
+    """
+
+    folder: str = field(metadata=ELSEWHERE)
+    text: str = field(metadata=ELSEWHERE)
+    name: str
+    digest: str
+    model: ModelConfig
+    data: DataConfig
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Config):
+    """The whole run."""
+
+    subjects: tuple[Subject, ...]
+    grid: CompareConfig
+
+    def validate(self) -> None:
+        names = [subject.name for subject in self.subjects]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"two models are called {names}: rename a folder", "trained", "Compare")
+
+
+def resolve(build: Build) -> Compare:
+    """The run from its section; models are looked at, not loaded."""
+    grid = build("Compare")
+    subjects = []
+    for name, places in (("models", grid.models), ("trained", grid.trained)):
+        for place in places:
+            try:
+                found = (
+                    _trained(place, grid.length)
+                    if name == "trained"
+                    else _given(place, grid.text, grid.length)
+                )
+            except (OSError, ValueError, NotImplementedError) as error:
+                more = "" if name == "trained" else "; `make models` fetches SmolLM2 and a text"
+                raise ConfigError(f"{error}{more}", name, "Compare") from None
+            subjects.append(found)
+    return Compare(subjects=tuple(subjects), grid=grid)
+
+
+@functools.lru_cache(maxsize=16)
+def _trained(place: str, length: int) -> Subject:
+    found = pretrained.find(place)
+    task = found.data.task
+    return Subject(
+        folder=str(found.folder),
+        text="",
+        name=found.folder.name,
+        digest=found.digest,
+        model=found.model,
+        data=found.data,
+        length=length if task is None else row_length(parse_task(task)),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _given(place: str, text: str, length: int) -> Subject:
+    folder = Path(place)
+    if not is_decoder(folder):
+        raise FileNotFoundError(f"{place}: no Llama-like language model there")
+    if not Path(text).is_file():
+        raise FileNotFoundError(f"{text}: no such file, which {folder.name} would read")
+    opened = open_decoder(folder)
+    if opened.tokenizer is None:
+        raise ValueError(f"{place}: no tokenizer.json beside the weights")
+    total = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".gguf", ".safetensors", ".json"):
+            total.update(file.name.encode() + hashlib.sha256(file.read_bytes()).digest())
+    return Subject(
+        folder=place,
+        text=text,
+        name=folder.name,
+        digest=total.hexdigest()[:12],
+        model=opened.config,
+        data=DataConfig(),
+        length=length,
+    )
+
+
+def corpus_of(subject: Subject, calibration: int) -> Corpus:
+    """What a model reads: of a single text, the first tokens calibrate and the others are held out.
+
+    Raises ValueError (with the field first) where it cannot be read.
+    """
+    if not subject.text:
+        return load_corpus(subject.data)
+    opened = open_decoder(subject.folder)
+    assert opened.tokenizer is not None  # `_given` has looked
+    text = Path(subject.text).read_bytes()
+    decoded = text.decode("utf-8", "replace")
+    tokenizer = tokenizer_of(opened.tokenizer(), Path(subject.folder))
+    ids = np.asarray(tokenizer.encode(decoded, add_special_tokens=False).ids, np.int32)
+    return Corpus(
+        train=ids[: calibration + 1],
+        held_out=ids[calibration + 1 :],
+        vocab=subject.model.vocab,
+        bytes_per_token=len(text) / max(len(ids), 1),
+        digest=hashlib.sha256(text).hexdigest()[:12],
+    )
+
+
+def windows_of(corpus: Corpus, subject: Subject, grid: CompareConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The scored windows, int32 [W, T+1], and those that calibrate, [C, T]. Raises ValueError: too little text."""
+    scored = corpus.held_out_windows(max(1, grid.tokens // subject.length), subject.length)
+    count = max(5, grid.calibration // subject.length)
+    if subject.data.task is None:
+        return scored, corpus.batch(0, 0, count, subject.length)[:, :-1]
+    drawn = rows(parse_task(subject.data.task), np.random.default_rng(0), count, "train")
+    return scored, drawn[:, : subject.length].astype(np.int32)
+
+
+def given(subject: Subject) -> int:
+    """So many first targets are a question, which no model can know."""
+    return 0 if subject.data.task is None else parse_task(subject.data.task).prompt_length - 1
+
+
+def check(config: Compare) -> Mapping[str, str]:
+    """Of the text of every model, which has to be enough; and that the models fit it."""
+    found: dict[str, str] = {}
+    for subject in config.subjects:
+        field_at_fault = ("tokens", "length", "calibration")
+        try:
+            corpus = corpus_of(subject, config.grid.calibration)
+            windows_of(corpus, subject, config.grid)
+        except (OSError, ValueError) as error:
+            problem = f"tokens = {config.grid.tokens}, {subject.name}: {error}"
+            others = ("Compare.trained", "Compare.text")
+            raise ConfigError(problem, field_at_fault, "Compare", others=others) from None
+        if subject.model.position == "learned" and subject.model.max_length < subject.length:
+            problem = f"{subject.name}: learned positions end at {subject.model.max_length}"
+            raise ConfigError(problem, "length", "Compare")
+        found[f"text of {subject.name}"] = corpus.digest
+    return found
+
+
+def units(config: Compare) -> list[Unit]:
+    """A model each."""
+    return [Unit(subject.name, tuple(_cells(subject, config.grid)), subject) for subject in config.subjects]
+
+
+def _cells(subject: Subject, grid: CompareConfig) -> Iterator[Cell]:
+    for text in grid.schemes:
+        mixed = "-" in (parse_scheme(text).bits or "")
+        for fraction in grid.fractions if mixed and grid.fractions else (None,):
+            scheme = named(text, fraction)
+            for selector in grid.selectors if mixed else ("none",):
+                for seed in grid.seeds if selector == "random" else grid.seeds[:1]:
+                    for protected in grid.protected:
+                        yield {
+                            "experiment": "compare",
+                            "study": grid.study,
+                            "model": subject.name,
+                            **schemes.parts(scheme),
+                            "selector": selector if mixed else None,
+                            "fraction": fraction,
+                            "protected": protected,
+                            "protection": grid.protection if protected else None,
+                            "position": subject.model.position,
+                            "dtype": DTYPE,
+                            "length": subject.length,
+                            "context": grid.context,
+                            "seed": seed,
+                        }
+
+
+def forecast(unit: Unit, config: Compare) -> Forecast:
+    """Forward passes over the scored tokens; what no layer takes is refused."""
+    subject, grid = unit.data, config.grid
+    size = schemes.floats(subject.model)
+    refused, largest = {}, 0
+    for index, cell in enumerate(unit.cells):
+        try:
+            spec = schemes.layer_spec(subject.model, str(cell["scheme"]), DTYPE)
+            _choice(cell).schemes(subject.model.layers)
+            largest = max(largest, subject.model.layers * schemes.cache_bytes(spec, 1, subject.length))
+        except NotImplementedError as refusal:
+            refused[index] = str(refusal)
+    logits = 4 * grid.tokens * subject.model.vocab
+    return Forecast(
+        flops=2.0 * size * grid.tokens * (len(unit.cells) - len(refused) + 1),
+        bytes=4 * size + logits + largest,
+        refused=refused,
+    )
+
+
+def prepare(unit: Unit, config: Compare, directory: RunDirectory) -> Measure:
+    """Load the model and run it without a cache."""
+    subject, grid = unit.data, config.grid
+    try:
+        corpus = corpus_of(subject, grid.calibration)
+        key = f"text of {subject.name}"
+        if directory.inputs.get(key, corpus.digest) != corpus.digest:
+            raise Refused(f"{key}: changed since the run began; the same command starts another")
+        scored, calibration = windows_of(corpus, subject, grid)
+        model = _loaded(subject)
+    except (OSError, ValueError) as error:
+        raise Refused(str(error)) from error
+    exact = prepare_exact(
+        model, scored, calibration, bytes_per_token=corpus.bytes_per_token, skip=given(subject)
+    )
+    return measuring(exact, subject, grid)
+
+
+def _loaded(subject: Subject) -> DecoderLM:
+    if subject.text:
+        return load_decoder(subject.folder).model
+    found = pretrained.find(subject.folder)
+    if found.digest != subject.digest:
+        raise Refused(f"{subject.folder}: changed since the run began; the same command starts another run")
+    return pretrained.restore(found)
+
+
+def measuring(exact: Exact, subject: Subject, grid: CompareConfig) -> Measure:
+    """Measures one way to cache; where there is a task, with the model's answers through that cache."""
+    task = None if subject.data.task is None or not grid.problems else parse_task(subject.data.task)
+    asked = None if task is None else problems(task, 0, grid.problems)
+
+    @functools.cache
+    def unquantised() -> np.ndarray:
+        assert task is not None
+        assert asked is not None
+        return solved(exact.model, convert_model(exact.model, UNQUANTISED)[0], task, asked)
+
+    def measured(cell: Cell) -> dict[str, Any]:
+        layers = choose(exact, _choice(cell))
+        found: dict[str, Any] = measure(exact, layers, context=grid.context)
+        if task is None or asked is None:
+            return found
+        right = solved(exact.model, layers, task, asked)
+        return found | answers(right, unquantised())
+
+    return measured
+
+
+def answers(right: np.ndarray, unquantised: np.ndarray) -> dict[str, Any]:
+    """Accuracy with its 95 % interval, and p against the unquantised cache's answers to the same problems."""
+    share = wilson(int(right.sum()), right.size)
+    return {
+        "accuracy": share.mean,
+        "accuracy_low": share.low,
+        "accuracy_high": share.high,
+        "accuracy_change": float(right.mean() - unquantised.mean()),
+        "p_value": mcnemar(right, unquantised).p,
+        "problems": int(right.size),
+        "solved_samples": right.astype(int).tolist(),
+    }
+
+
+def _choice(cell: Cell) -> Choice:
+    protection = cell.get("protection")
+    return Choice(
+        scheme=parse_scheme(str(cell["scheme"])),
+        selector=str(cell.get("selector") or "none"),
+        protected=int(cell.get("protected") or 0),
+        protection=None if protection is None else parse_scheme(str(protection)),
+        seed=int(cell.get("seed") or 0),
+        dtype=DTYPE,
+    )

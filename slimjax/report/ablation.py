@@ -1,0 +1,209 @@
+"""Tables of `compare`: ways to cache side by side, on language models.
+
+A *way* is all of a cell but its model and seed: scheme, selector, fraction, protected layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from slimjax.records import Record
+from slimjax.report.samples import Spread, distinct, measured, metric, sample, select, trouble
+from slimjax.report.tables import UNMEASURED, Column, Table, Value, with_seeds
+
+WAY = ("scheme", "selector", "fraction", "protected", "protection")
+# codec, bits, softmax -> mean accuracy in %, over LLaMA3-8B, Qwen2-7B and Phi3-3.8B on GSM8k, AQuA and BBH (arXiv
+# 2412.08585, its main table); the first is FP16.
+PUBLISHED: Mapping[tuple[str, str | None, str], float] = {
+    ("bf16", None, "exact"): 61.89,
+    ("flashq", "4", "sas"): 60.27,
+    ("gear_l", "4", "exact"): 55.97,
+    ("kivi", "4", "exact"): 51.85,
+    ("flashq", "2-4", "sas"): 53.31,
+    ("gear_l", "3", "exact"): 51.10,
+    ("kivi", "3", "exact"): 50.01,
+}
+COLUMNS = {
+    "bytes_per_token": Column("cache (bytes per token)", "count"),
+    "compression": Column("bf16 KV / this cache", "ratio"),
+    "perplexity": Column("perplexity", "number"),
+    "bits_per_byte_change": Column("bits per byte, change", "change"),
+    "logit_kl": Column("logit KL (nats)", "error"),
+    "logit_kl_low": Column("95 % from", "error"),
+    "logit_kl_high": Column("to", "error"),
+    "top1_agreement": Column("top-1 agreement, %", "percent"),
+    "attention_cosine": Column("cosine, worst layer", "number"),
+    "attention_cosine_mean": Column("mean", "number"),
+    "attention_l1": Column("relative L1, worst layer", "error"),
+    "attention_l1_mean": Column("mean", "error"),
+    "attention_rmse": Column("RMSE, worst layer", "error"),
+    "attention_rmse_mean": Column("mean", "error"),
+    "accuracy": Column("accuracy, %", "percent"),
+    "accuracy_low": Column("95 % from", "percent"),
+    "accuracy_high": Column("to", "percent"),
+    "p_value": Column("p (McNemar)", "number"),
+}
+TITLES = {
+    "main": "Methods and bits",
+    "components": "Components of TurboAttention, and its unverifiable options",
+    "selectors": "Head selectors and the share of 2-bit heads",
+    "tiles": "Tile size",
+    "buffer": "Buffer size and universal scale",
+    "sas": "SAS on language models",
+    "protection": "Protected layers",
+    "slim_turbo": "Slim attention's caches in few bits",
+    "context": "Error and context length",
+    "pareto": "All methods",
+}
+NOTE = (
+    "Against the same model without a cache, on tokens that nothing was chosen on; the interval is Student's t over "
+    "blocks of 64 tokens. Cosine, L1 and RMSE are of attention's output on the exact model's inputs."
+)
+ANSWERS = " Accuracy has Wilson's interval, p is McNemar's exact test against the unquantised cache."
+
+
+def way(record: Record) -> tuple[Any, ...]:
+    """What the records of other models and seeds share."""
+    return tuple(record.cell.get(name) for name in WAY)
+
+
+def ways(records: Sequence[Record]) -> dict[tuple[Any, ...], list[Record]]:
+    """The records by their way, in order of appearance."""
+    found: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        found.setdefault(way(record), []).append(record)
+    return found
+
+
+def told(records: Sequence[Record]) -> list[str]:
+    """The parts of a way that tell rows apart; the scheme always."""
+    several = [name for name in WAY[1:] if len({record.cell.get(name) for record in records}) > 1]
+    shares = "fraction" in several and len(distinct(records, "scheme")) > 1
+    return ["scheme", *(name for name in several if not (shares and name == "fraction"))]
+
+
+def described(record: Record, names: Sequence[str]) -> str:
+    """A way in words: `kv:flashq2-4, selector priority`."""
+    scheme, *rest = names
+    parts = [f"{name} {record.cell[name]}" for name in rest if record.cell.get(name) not in (None, "none", 0)]
+    return ", ".join([str(record.cell.get(scheme)), *parts])
+
+
+def ablation_tables(records: Sequence[Record]) -> dict[str, Table]:
+    """`STUDY` side by side where several models are in it, `STUDY_MODEL` with all columns, `positions_MODEL`."""
+    made: dict[str, Table] = {}
+    for study in distinct(records, "study"):
+        here = select(records, study=study)
+        models = distinct(here, "model")
+        if len(models) > 1 or study == "main":
+            made[str(study)] = side_by_side(here, str(study))
+        for model in models:
+            found = select(here, model=model)
+            made[f"{study}_{model}"] = model_table(found, f"{TITLES.get(study, study)}: {model}")
+            if study == "context":
+                made[f"positions_{model}"] = positions_table(found, f"KL by position: {model}")
+    return made
+
+
+def model_table(records: Sequence[Record], title: str) -> Table:
+    """Everything measured of one model, a row per way; several seeds are mean and spread."""
+    names = told(records)
+    metrics = [name for name in COLUMNS if any(name in record.metrics for record in records)]
+    rows, remarks, labels, counts = [], [], [], []
+    for here in ways(records).values():
+        first = here[0]
+        rows.append((*_labels(first, names), *(sample(here, name) for name in metrics)))
+        remarks.append(_remark(here))
+        labels.append(described(first, names))
+        counts.append(sum(map(measured, here)))
+    columns = (
+        *(Column(name, "text" if name == "scheme" else "plain") for name in names),
+        *(COLUMNS[name] for name in metrics),
+    )
+    count, problems = metric(records, "count"), metric(records, "problems")
+    note = NOTE + (f" n = {int(count):,} tokens" if count else "")
+    note += f", {int(problems):,} problems.{ANSWERS}" if problems else "."
+    table = Table(title, columns, tuple(rows), tuple(remarks), note, tuple(labels), len(names))
+    return with_seeds(table, counts)
+
+
+def _labels(record: Record, names: Sequence[str]) -> tuple[Value, ...]:
+    return tuple(None if record.cell.get(name) is None else record.cell[name] for name in names)
+
+
+def _remark(records: Sequence[Record]) -> str:
+    return trouble(records) or ("" if any(map(measured, records)) else UNMEASURED)
+
+
+def side_by_side(records: Sequence[Record], study: str) -> Table:
+    """KL, perplexity and accuracy of every model beside each other, and what the paper has for that method."""
+    names, models = told(records), distinct(records, "model")
+    parts = {
+        model: [
+            name
+            for name in ("compression", "logit_kl", "perplexity", "accuracy")
+            if any(name in record.metrics for record in select(records, model=model))
+        ]
+        for model in models
+    }
+    rows, remarks, labels, counts = [], [], [], []
+    for here in ways(records).values():
+        first = here[0]
+        numbers = [sample(select(here, model=model), name) for model in models for name in parts[model]]
+        rows.append((*_labels(first, names), *numbers, *([published(first)] if study == "main" else [])))
+        remarks.append(_remark(here))
+        labels.append(described(first, names))
+        counts.append(max(len(select(here, model=model)) for model in models))
+    columns = (
+        *(Column(name, "text" if name == "scheme" else "plain") for name in names),
+        *(
+            Column(f"{model}: {COLUMNS[name].title}", COLUMNS[name].form)
+            for model in models
+            for name in parts[model]
+        ),
+        *([Column("paper: mean accuracy, %", "plain")] if study == "main" else []),
+    )
+    note = NOTE
+    if study == "main":
+        note += (
+            " The paper's figures are means of its nine cells: three models of 4 to 8 billion parameters, three sets "
+            "of questions, 8-shot chain of thought."
+        )
+    table = Table(
+        TITLES.get(study, study), columns, tuple(rows), tuple(remarks), note, tuple(labels), len(names)
+    )
+    return with_seeds(table, counts)
+
+
+def published(record: Record) -> float | None:
+    """The paper's mean accuracy of a method and its bits, in %."""
+    cell = record.cell
+    plain = cell.get("basis") == "kv" and not cell.get("compute") and "(" not in str(cell.get("scheme"))
+    key = (str(cell.get("codec")), cell.get("bits"), str(cell.get("softmax")))
+    return PUBLISHED.get(key) if plain else None  # type: ignore[arg-type]
+
+
+def positions_table(records: Sequence[Record], title: str) -> Table:
+    """KL and attention error by ranges of positions."""
+    ends = next((list(r.metrics["positions"]) for r in records if "positions" in r.metrics), [])
+    starts = [0, *ends[:-1]]
+    names = told(records)
+    rows, remarks = [], []
+    for here in ways(records).values():
+        first = here[0]
+        numbers: list[Value] = []
+        for name in ("logit_kl_by_position", "attention_error_by_position"):
+            found = [r.metrics[name] for r in here if len(r.metrics.get(name, ())) == len(ends)]
+            numbers += [
+                Spread.of([each[i] for each in found]).mean if found else None for i in range(len(ends))
+            ]
+        rows.append((*_labels(first, names), *numbers))
+        remarks.append(_remark(here))
+    ranges = [f"{int(a)} to {int(b) - 1}" for a, b in zip(starts, ends, strict=True)]
+    columns = (
+        *(Column(name, "text" if name == "scheme" else "plain") for name in names),
+        *(Column(f"KL, tokens {text}", "error") for text in ranges),
+        *(Column(f"attention error, {text}", "error") for text in ranges),
+    )
+    note = "KL in nats; attention error: relative L2, mean over layers."
+    labels = tuple(described(here[0], names) for here in ways(records).values())
+    return Table(title, columns, tuple(rows), tuple(remarks), note, labels, len(names))

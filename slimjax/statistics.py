@@ -1,0 +1,119 @@
+"""What a difference between two caches is worth: tests and intervals of paired measurements.
+
+Shares (right answers) have Wilson's interval and McNemar's exact test, means (KL per token) an interval by
+Student's t over blocks of tokens, as neighbouring tokens are no independent samples.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import special
+
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean (or share), and where its true value lies at the chosen level."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def apart(self) -> bool:
+        """Whether it leaves 0 out: of a difference, that there is one."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclasses.dataclass(frozen=True)
+class McNemar:
+    """Answers that one of two has right and the other has not, and the p of a split as uneven as that.
+
+    Attributes:
+        first, second: how many only the first, and only the second, has right.
+        p: two-sided, that both are right equally often.
+    """
+
+    first: int
+    second: int
+    p: float
+
+
+def mcnemar(first: Sequence[bool] | np.ndarray, second: Sequence[bool] | np.ndarray) -> McNemar:
+    """McNemar's test (Psychometrika 12, 1947) in its exact form: binomial, two-sided, no mid-p.
+
+    Only questions on which the two differ count; if neither is better, each goes either way with probability 1/2.
+
+    Args:
+        first, second: right or wrong, question by question, the same questions in the same order.
+
+    Raises:
+        ValueError: other lengths, or no questions.
+    """
+    a, b = np.asarray(first, bool), np.asarray(second, bool)
+    if a.shape != b.shape or a.ndim != 1 or not a.size:
+        raise ValueError(f"{a.shape} and {b.shape}: expected as many answers of both, at least one")
+    only_first, only_second = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+    differ = only_first + only_second
+    p = 2 * special.bdtr(min(only_first, only_second), differ, 0.5) if differ else 1.0
+    return McNemar(first=only_first, second=only_second, p=min(1.0, float(p)))
+
+
+def wilson(right: int, count: int, level: float = LEVEL) -> Interval:
+    """Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927); within [0, 1], of 0 and of all, too.
+
+    Raises:
+        ValueError: not 0 <= right <= count, no questions, or a level outside (0, 1).
+    """
+    if not 0 <= right <= count or count < 1:
+        raise ValueError(f"{right=} of {count=}: expected 0 <= right <= count, count at least 1")
+    z = float(special.ndtri((1 + _checked(level)) / 2))
+    share, spread = right / count, z * z / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
+    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
+    """The mean and Student's t interval of it; values are independent samples, such as means of blocks of tokens.
+
+    One value alone says nothing of its spread: the interval is the whole line.
+
+    Raises:
+        ValueError: no values, or some that are not finite; a level outside (0, 1).
+    """
+    x = np.asarray(values, np.float64)
+    if x.ndim != 1 or not x.size or not np.all(np.isfinite(x)):
+        raise ValueError(f"{x.shape} values: expected at least one, all finite")
+    mean = float(x.mean())
+    if x.size == 1:
+        return Interval(mean, -math.inf, math.inf)
+    t = float(special.stdtrit(x.size - 1, (1 + _checked(level)) / 2))
+    half = t * float(x.std(ddof=1)) / math.sqrt(x.size)
+    return Interval(mean, mean - half, mean + half)
+
+
+def paired_interval(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray, level: float = LEVEL
+) -> Interval:
+    """Of the mean of first - second, sample by sample. Raises ValueError as ``mean_interval``, or for other lengths."""
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"{a.shape} and {b.shape}: expected as many values of both")
+    return mean_interval(a - b, level)
+
+
+def blocks(values: np.ndarray, size: int) -> np.ndarray:
+    """Means of blocks of at least ``size`` consecutive tokens of each sequence [B, T] (of T, where it is less); [n]."""
+    count = max(1, values.shape[1] // size)
+    parts = np.array_split(np.asarray(values, np.float64), count, axis=1)
+    return np.stack([part.mean(axis=1) for part in parts], axis=1).reshape(-1)
+
+
+def _checked(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"{level=}: expected a probability between 0 and 1")
+    return level
