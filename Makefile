@@ -48,7 +48,7 @@ ASKED := main components
 FAST := --set "Compare.models = ()" --set "Compare.tokens = 1024" --set "Compare.problems = 0"
 SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 400"
 
-reproduce: $(STAMP)-run models ## the tables of the comparison, into results/ablation (about 80 min; goes on where it stopped)
+reproduce: $(STAMP)-run models ## the tables of the comparison, into results/ablation (not timed yet; goes on where it stopped)
 	$(RUN) $(ABLATION)/lm.gin --out results/ablation/lm
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table; done
 	for table in $(TABLES); do \
@@ -58,7 +58,7 @@ reproduce: $(STAMP)-run models ## the tables of the comparison, into results/abl
 	done
 	$(RUN) $(ABLATION)/context.gin --out results/ablation/context $(ARGS)
 
-reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute and fewer tokens (under 8 min)
+reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute and fewer tokens (not timed yet)
 	$(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table; done
 	for table in $(TABLES) context; do \

@@ -26,7 +26,7 @@ CELL = {
     "model": "variant of the model, or its name",
     "layer": "attention layer, from 0",
     "attention": "self or cross",
-    "scheme": "cache scheme, basis[option]:codec[bits][/group][+R][@softmax]",
+    "scheme": "cache scheme, basis[option]:codec[bits][(options)][/group][+R][@softmax][#compute]",
     "basis": "what is cached",
     "option": "1: rebuild keys or values, 2: absorb their weights",
     "extra": "extra coordinates per cached row, R",

@@ -1,4 +1,4 @@
-"""The grammar of decode-attention schemes: ``basis[option]:codec[bits][/group][+R][@softmax][#compute]``.
+"""Decode-attention schemes by name: ``basis[option]:codec[bits][(options)][/group][+R][@softmax][#compute]``.
 
     kv:bf16          keys and values, bfloat16            k:int16+16       keys and 16 extra coordinates
     k:bf16           keys only, V = K W_KV absorbed       kv:flashq4/64    4 bits, groups of 64 tokens

@@ -140,7 +140,7 @@ def _weigh_one(p: Float[Array, "B N 1 S"], v: Values) -> Queries:
     """The same for one token: every head weighs whole rows, and keeps its own columns.
 
     N times the arithmetic, but rows are read as they lie. On CPU, XLA else copies them head by head at every
-    step, which at S 4096 took seven times as long.
+    step, which takes longer than the product.
     """
     batch, heads, _, slots = p.shape
     kv_heads, size = v.shape[2:]
