@@ -29,6 +29,7 @@ from slimjax.solve import convert
 
 TITLE = "How fast is decoding?"
 ALONE = True  # timings
+PACKAGES = ("torch",)  # timed too
 SEED = 0
 JAX_PEER, TORCH_PEER = "jax.nn.dot_product_attention", "torch.scaled_dot_product_attention"
 PEERS = (JAX_PEER, TORCH_PEER)

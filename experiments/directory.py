@@ -8,8 +8,10 @@ models/         trained parameters
 log.txt         tracebacks of failed cells                             .lock, .workers who is at work
 report.html, tables/, plots/                                           result.json     last, by rename: it is done
 
-A line of metrics.jsonl is flushed before the next step; `{"event": "resume", "step": N}` marks a restart. Where a run
-goes on from what other code or versions made (--reuse), `reused` in stamp.json and result.json names those.
+A line of metrics.jsonl is flushed before the next step. Every restart of a model's training writes a line
+`{"event": "resume", "model": NAME, "step": N}` there, before its first step: it goes on from the checkpoint of step N,
+0 where there was none yet. result.json has the run id, source and versions of stamp.json, too. Where a run goes on from
+what other code or versions made (--reuse), `reused` in both names those.
 """
 
 import contextlib
@@ -97,9 +99,11 @@ class RunDirectory:
         append_line(self.path / "log.txt", f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}")
 
     def finish(self, result: Mapping[str, Any]) -> None:
+        """Write result.json: the run is done, by this source and these versions, as stamp.json has them."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
+        code = {"source": self.source, "versions": versions()}
         reused = {"reused": list(self.reused)} if self.reused else {}
-        write_json(self.path / "result.json", {"run": self.run, "date": date, **result, **reused})
+        write_json(self.path / "result.json", {"run": self.run, "date": date, **result, **code, **reused})
 
 
 @contextlib.contextmanager

@@ -154,7 +154,10 @@ class Sweep:
         """Record a cell; it is safe on the disk when this returns."""
         seed = outcome.cell.get("seed")
         source = provenance(
-            config=self.directory.run, seed=seed if isinstance(seed, int) else None, seconds=outcome.seconds
+            config=self.directory.run,
+            seed=seed if isinstance(seed, int) else None,
+            seconds=outcome.seconds,
+            packages=getattr(self.experiment, "PACKAGES", ()),
         )
         made = {"source": self.directory.source, "inputs": dict(self.directory.inputs), **source}
         if before := self.retried.get(cell_key(outcome.cell)):

@@ -18,6 +18,7 @@ from slimjax.train import initial_state, state_shapes, train_step
 
 TITLE = "How fast is training?"
 ALONE = True  # timings
+PACKAGES = ("torch",)  # timed too
 CHECKED = 3  # steps over which the losses of both programs must agree
 NEED_TORCH = "PyTorch is not installed: pip install 'slimjax[parity]'"
 

@@ -5,6 +5,7 @@ and where it comes from. Names of coordinates and metrics come from the two regi
 experiment adds a line there.
 """
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -331,6 +332,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages}
 
 
+def _installed(names: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).parent
     try:
@@ -368,11 +378,19 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def provenance(*, config: str, seed: int | None = None, seconds: float | None = None) -> dict[str, Any]:
-    """Where a record comes from. config: the run id; seconds: wall time of the cell."""
+def provenance(
+    *, config: str, seed: int | None = None, seconds: float | None = None, packages: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Where a record comes from.
+
+    config: the run id; seconds: wall time of the cell; packages: those whose versions count beside `versions()`,
+    where they are installed.
+    """
+    machine = _machine()
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **_machine(),
+        **machine,
+        "versions": machine["versions"] | _installed(packages),
         "config": config,
         "seed": seed,
         "seconds": None if seconds is None else round(seconds, 3),

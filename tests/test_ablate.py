@@ -97,6 +97,32 @@ def test_models_are_trained_once_and_the_report_has_mean_and_spread(tmp_path, mo
     assert "±" in table
 
 
+TIMES = {"tokens_per_second", "seconds_left"}
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_trains_and_measures_the_same(tmp_path):
+    grid = "Ablate.axes = (('Train.learning_rate', (1e-3, 3e-3)),)\n"
+    measured = small_runs.MEASURED.replace("'kv:bf16', 'k:int16', 'x:bf16'", "'k:int16',")
+    config = small_runs.write(tmp_path, "ablate", grid, small_runs.MODEL, small_runs.HEADS, measured)
+    found = {}
+    for jobs in (0, 2):
+        out = tmp_path / f"out{jobs}"
+        assert small_runs.launched(config, out, "--jobs", jobs) == 0
+        steps = [
+            {name: value for name, value in line.items() if name not in TIMES}
+            for line in read_lines(out / "metrics.jsonl")
+        ]
+        steps.sort(key=lambda line: (line["model"], line["step"]))  # two at work write in turns
+        rows = [(dict(r.cell), dict(r.metrics), r.status, r.reason) for r in read(out / "records.jsonl")]
+        found[jobs] = rows, steps
+    rows, steps = found[0]
+    assert len(steps) == 2 * 6
+    assert len({line["model"] for line in steps}) == 2
+    assert [status for *_, status, _ in rows] == ["ok"] * 4  # two models, an identity and an error each
+    assert found[2] == found[0]
+
+
 def test_models_of_one_shape_are_trained_by_one_program(tmp_path):
     slimjax.train._compiled_step.cache_clear()
     grid = "Ablate.axes = (('Train.learning_rate', (1e-3, 3e-3)),)\n"

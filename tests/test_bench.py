@@ -1,6 +1,8 @@
 """The benches end to end at the smallest sizes. No assertion is about how long anything takes."""
 
+import importlib.metadata
 import json
+import re
 import sys
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from experiments import decode_bench, run, train_bench
 from slimjax.kernels.shapes import SHAPES
 from slimjax.records import read
+from slimjax.report import facts
 from slimjax.solve import convert
 
 TRAIN = """
@@ -96,6 +99,21 @@ def test_decoding_without_pytorch(tmp_path):
     assert generation.status == "ok"
     assert {"tokens_per_second", "time_to_first_token"} <= generation.metrics.keys()
     json.dumps([r.to_json() for r in records])
+
+
+@pytest.mark.usefixtures("no_torch")
+@pytest.mark.parametrize("bench", [train_bench, decode_bench])
+def test_records_and_tables_name_the_version_of_pytorch_where_installed(bench, tmp_path, monkeypatch):
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "7.7.7+cpu" if name == "torch" else real(name)
+    )
+    alone = re.sub(r"(?m)^(Model|DecodeBench.model).*\n", "", DECODE)  # attention by itself
+    records = records_of(tmp_path, TRAIN if bench is train_bench else alone)
+    assert {record.provenance["versions"]["torch"] for record in records} == {"7.7.7+cpu"}
+    assert "torch 7.7.7+cpu" in facts(records)
+    assert "torch 7.7.7+cpu" in (tmp_path / "out" / "report.html").read_text()
+    assert "torch" not in json.loads((tmp_path / "out" / "stamp.json").read_text())["versions"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-gqa", "whisper-large-cross"])

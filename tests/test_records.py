@@ -104,6 +104,13 @@ def test_provenance_is_plain_data():
     assert {"git", "dirty", "platform", "device", "cpus", "xla_flags"} <= source.keys()
 
 
+def test_provenance_names_the_versions_of_further_packages_where_installed():
+    versions = provenance(config="0123456789ab", packages=("pytest", "no-such-package"))["versions"]
+    assert versions["pytest"] == pytest.__version__
+    assert "no-such-package" not in versions
+    assert "pytest" not in provenance(config="0123456789ab")["versions"]
+
+
 def test_processes_that_append_to_one_file_tear_no_lines(tmp_path):
     """Without the lock one would cut away what another is about to finish."""
     path, program = tmp_path / "lines", tmp_path / "program.py"

@@ -54,6 +54,7 @@ def test_a_run_directory_holds_what_made_it(launch, tmp_path, capsys):
     stamp = json.loads((out / "stamp.json").read_text())
     assert stamp["source"] == directory.source_hash()
     assert stamp["versions"].keys() == {"python", "jax", "jaxlib", "flax", "numpy"}
+    assert (result["source"], result["versions"]) == (stamp["source"], stamp["versions"])
     assert {record.provenance["source"] for record in read(out / "records.jsonl")} == {stamp["source"]}
 
 
@@ -129,6 +130,7 @@ def test_reuse_goes_on_with_results_of_other_code_and_says_so(other_code, launch
     stamp, result = (json.loads((out / name).read_text()) for name in ("stamp.json", "result.json"))
     assert stamp["source"] == directory.source_hash()
     assert stamp["reused"] == result["reused"]
+    assert result["source"] == stamp["source"]
     assert [other["source"] for other in result["reused"]] == ["of other code"]
     assert result["reused"][0]["versions"] == stamp["versions"]
     sources = [record.provenance["source"] for record in read(out / "records.jsonl")]

@@ -1,5 +1,6 @@
 """Sweeps in processes of their own: the records of one process, whoever dies; nobody left behind, nothing twice."""
 
+import errno
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 import sweep_toy
 
 from experiments import directory, run, settings
+from slimjax import records
 from slimjax.records import read, read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +128,35 @@ def test_a_run_waits_for_the_workers_of_the_one_before(sweep, monkeypatch, capsy
     assert sweep(0)[0] == 0
 
 
+@pytest.mark.parametrize("jobs", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_disk_full_at_a_record_loses_nothing_written(sweep, monkeypatch, capfd, jobs):
+    append = records.append_line
+
+    def full(path, line, **options):
+        if path.name != "records.jsonl" or json.loads(line)["cell"]["batch"] != 5:
+            return append(path, line, **options)
+        with path.open("a") as file:
+            file.write(line[: len(line) // 2])  # what there was room for
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "append_line", full)
+        status, out = sweep(jobs)
+    assert status == 2
+    told = capfd.readouterr().err
+    assert told.startswith("error: [Errno 28] No space left on device")
+    assert told.endswith("that mended, the same command goes on\n")
+    assert told.count("\n") == 1
+    assert not (out / "result.json").exists()
+    kept = text(out)[:-1]
+    kept_cells = [cell["batch"] for cell, *_ in what(out)]
+    assert kept_cells == ALL[:5]
+    assert sweep(jobs) == (0, out)
+    assert text(out)[:5] == kept
+    assert [(cell["batch"], status) for cell, _, status, _ in what(out)] == [(n, "ok") for n in ALL]
+    assert [sweep_toy.seen(out.parent).count(cell) for cell in kept_cells] == [1] * 5  # not measured again
+
+
 # Killed from outside ------------------------------------------------------------------------------------------
 
 
@@ -197,6 +228,23 @@ def test_a_worker_in_the_middle_of_a_long_cell_dies_with_its_parent(place):
     process.wait()  # not for the pipes, which a worker would hold open
     nobody_left(out.parent)
     process.communicate()
+
+
+@pytest.mark.slow
+def test_a_second_process_is_refused_and_disturbs_nothing(place):
+    out = place / "two" / "out"
+    out.parent.mkdir()
+    first, deadline = start(place, out, 0, slow=0.5), time.monotonic() + 60
+    while not recorded(out):
+        assert first.poll() is None, first.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = start(place, out, 0)
+    _, errors = second.communicate(timeout=60)
+    assert (second.returncode, errors) == (2, f"error: {out}: another process is at work on this run\n")
+    assert (first.communicate(timeout=60)[1], first.returncode) == ("", 0)
+    assert sweep_toy.seen(out.parent) == ALL
+    assert [cell["batch"] for cell, *_ in what(out)] == ALL
 
 
 @pytest.mark.slow
