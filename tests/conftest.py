@@ -34,3 +34,10 @@ def x64():
     """Float64 for one test: identities are proved in it, precision is measured without it."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_go_with_their_module():
+    """A worker that keeps all it has ever compiled grows past 6 GB."""
+    yield
+    jax.clear_caches()

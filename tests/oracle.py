@@ -250,13 +250,16 @@ def from_rows(q, rows, w_key, w_value, *, option, rope=None, key_bias=None, **ma
     return weigh(p, lambda b, s, n: f64(rows[b, s]) @ f64(w_value[:, n // group]))
 
 
-def k_basis(q, keys, w_kv, *, option, rope=None, key_bias=None, **mask):
+def k_basis(q, keys, w_kv, *, option, rope=None, key_bias=None, extra=None, **mask):
     """K-cache (S1, S8): keys [B,S,K,H] = X W_K before bias and RoPE, w_kv [E,K,H] -> [B,T,N,H].
 
-    Option 1 rebuilds V_s = K_s W_KV and weighs it; option 2 weighs whole K rows, then multiplies by W_KV.
+    Option 1 rebuilds V_s = K_s W_KV and weighs it; option 2 weighs whole K rows, then multiplies by W_KV. Further
+    coordinates, extra [B,S,R], are of the rows for the values alone; w_kv is then [E+R,K,H].
     """
     group = q.shape[2] // keys.shape[2]
     flat = keys.reshape(*keys.shape[:2], -1)
+    if extra is not None:
+        flat = np.concatenate([flat, extra], axis=-1)
     mask.setdefault("length", keys.shape[1])
 
     def key(b, s, n):

@@ -67,6 +67,8 @@ def imprecise(function, *arguments, weight=None):
         ("k1", "rope", "w_kv"),
         ("k2", "rope", "w_kv"),
         ("k2", "alibi", "w_kv"),
+        ("k:+3", "rope", "w_kv"),
+        ("kr", "rope", "w_kv"),
         ("v1", "rope", "w_vk"),
         ("v2", "alibi", "w_vk"),
         ("x1", "rope", "wv"),
@@ -75,7 +77,8 @@ def imprecise(function, *arguments, weight=None):
 )
 @pytest.mark.parametrize("codec", ["bf16", "int16"])
 def test_every_product_is_at_the_stated_precision(variant, position, name, codec, dtype):
-    case = suites.subject(f"{variant}:{codec}", "mha", position, dtype=dtype)
+    basis, _, extra = variant.partition(":")
+    case = suites.subject(f"{basis}:{codec}{extra}", "mha", position, dtype=dtype)
     weights = convert(case.projections, case.spec).layer.weights
     cache = init_cache(case.spec, batch=2, capacity=8)
     q = jnp.zeros((2, 1, 4, 6), jnp.float32)
@@ -86,6 +89,24 @@ def test_every_product_is_at_the_stated_precision(variant, position, name, codec
 
     weight = jnp.zeros(()) if name is None else getattr(weights, name)
     assert imprecise(step, weight, q, weight=None if name is None else 0) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["wk", "wv"])
+@pytest.mark.parametrize("variant", ["e", "e1", "h", "h1"])
+@pytest.mark.parametrize("codec", ["bf16", "int16"])
+def test_every_product_with_a_shared_cross_cache_is_too(variant, name, codec, dtype):
+    """Bases e and h are read through `attend_filled`; both projections are absorbed or rebuilt from."""
+    case = suites.subject(f"{variant}:{codec}", "mha", "none", dtype=dtype, causal=False)
+    first = suites.subject("kv:bf16", "mha", "none", dtype=dtype, seed=1).projections
+    layer = convert(case.projections, case.spec, first=first).layer
+    cache = init_cache(case.spec, batch=2, capacity=8)
+
+    def step(weight, x):
+        weights = dataclasses.replace(layer.weights, **{name: weight})
+        return slimjax.attend_filled(x, dataclasses.replace(layer, weights=weights), cache)
+
+    assert imprecise(step, getattr(layer.weights, name), case.inputs[:, :1], weight=0) == []
 
 
 def test_the_walk_sees_what_it_is_for():

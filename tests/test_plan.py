@@ -10,7 +10,7 @@ import test_remedies as remedies
 from test_remedies import WIDTH, calibration, weights
 
 from slimjax import DecodeSpec, Position, Projections, convert, parse_scheme
-from slimjax.solve.options import Layer, menu
+from slimjax.solve.options import Layer, Option, menu
 from slimjax.solve.plan import candidates, choose, make_plan, measure, weights_digest
 from slimjax.solve.planfile import load_plan, save_plan
 
@@ -81,7 +81,7 @@ def test_a_tighter_budget_never_errs_more(menus, calibrated):
     errors = [error_of(choose(LAYERS, menus, max_error=limit)) for limit in (0.5, 0.05, 5e-3, 2e-3, 1e-4)]
     assert errors == sorted(errors, reverse=True)
     assert len(set(errors)) > 2
-    budgets = (192, 200, 220, 260, 400)
+    budgets = (108, 192, 200, 220, 260, 400)
     plans = [choose(LAYERS, menus, max_bytes_per_token=most) for most in budgets]
     assert all(plan.bytes_per_token <= most for plan, most in zip(plans, budgets, strict=True))
     errors = [error_of(plan) for plan in plans]
@@ -105,10 +105,57 @@ def test_planted_null_directions_are_bought_back_or_refused(data, null):
 
 
 def test_a_budget_that_nothing_meets_names_the_layer_and_the_best(menus):
-    with pytest.raises(NotImplementedError, match=r"layer 0: no scheme has .* the best is k.*:int16.* with"):
+    with pytest.raises(NotImplementedError, match=r"layer 0: no scheme has .* the best is x:int16 with"):
         choose(LAYERS, menus, max_error=1e-9)
-    with pytest.raises(NotImplementedError, match="the smallest takes 192"):
+    with pytest.raises(NotImplementedError, match="the smallest takes 108"):
         choose(LAYERS, menus, max_bytes_per_token=10)
+
+
+def test_the_menu_has_the_cheap_schemes_that_a_layer_can_use():
+    def after_keys(each):
+        names = [str(scheme) for scheme in candidates(each)]
+        keys = [name for name in names if name.startswith("k:")]
+        assert names[: len(keys)] == keys
+        return names[len(keys) :]
+
+    kv = ["kv:int8", "kv:bf16", "kv:int16"]
+    assert after_keys(LAYERS[0]) == ["v:int16", "x:bf16", "x:int16", "x:int8", *kv]
+    turned = layer("turned", 10, position=Position(kind="rope"))
+    assert after_keys(turned) == ["v1:int16", "x1:bf16", "x1:int16", "x1:int8", *kv]
+    narrow = dataclasses.replace(LAYERS[0], spec=dataclasses.replace(LAYERS[0].spec, kv_heads=3, heads=3))
+    assert after_keys(narrow) == ["x:bf16", "x:int16", "x:int8", *kv]
+
+
+def test_a_singular_matrix_of_values_is_a_refusal_not_a_crash(data):
+    """An input that no value depends on: elimination meets a zero pivot."""
+    one = LAYERS[0]
+    lost = one.projections.wv.at[0].set(0)
+    singular = dataclasses.replace(one, projections=dataclasses.replace(one.projections, wv=lost))
+    for seen in (data[0], None):
+        (found,) = menu(singular, [parse_scheme("v:int16")], seen)
+        assert "layer 0: W_V is singular" in (found.refused or "")
+        (usual,) = menu(one, [parse_scheme("v:int16")], seen)
+        assert usual.error < 0.1
+
+
+def test_keys_are_kept_where_they_fit_unless_keys_with_values_are_smaller():
+    def menu_of(*rows):
+        return [
+            [
+                Option(scheme=parse_scheme(text), error=error, bytes_per_token=size)
+                for text, error, size in rows
+            ]
+        ]
+
+    rest = ("x1:int8", 1e-3, 36), ("v1:int16", 1e-3, 68), ("kv:int8", 4e-3, 96)
+    kept = choose(LAYERS[:1], menu_of(("k:int16+8", 1e-3, 100), *rest), max_error=2e-3).layers[0]
+    assert kept.scheme == "k:int16+8"
+    assert "x1:int8 would take 36 bytes but make keys and values anew" in kept.reason
+    assert "v1:int16 would take 68 bytes but make keys anew" in kept.reason
+    looser = choose(LAYERS[:1], menu_of(("k:int16+8", 1e-3, 100), *rest), max_error=5e-3).layers[0]
+    assert looser.scheme == "kv:int8"
+    without = choose(LAYERS[:1], menu_of(("k:int16+8", 1e-2, 100), *rest), max_error=5e-3).layers[0]
+    assert without.scheme == "x1:int8"
 
 
 @pytest.mark.parametrize(

@@ -14,24 +14,27 @@ import suites
 import oracle
 import slimjax
 from slimjax.attention import softmax
-from slimjax.attention.layer import attend_cached, init_cache
+from slimjax.attention.layer import attend_cached, init_cache, prefill
 from slimjax.attention.positions import unrotate
 from slimjax.attention.reference import geometry, scores, weights as score_weights
 from slimjax.attention.sparsity import skip_rates
 from slimjax.numerics import relative_l2
 from slimjax.solve import convert
 
-step = jax.jit(attend_cached)
+step, fill_first = jax.jit(attend_cached), jax.jit(prefill)
 
 
-def decoded(case):
-    """All tokens of a case, one after the other, through its cache."""
+def decoded(case, chunks=(1,) * 9, *, prefilled=False):
+    """All tokens of a case through its cache, in chunks of these sizes, the first by `prefill` if so asked."""
     layer = convert(case.projections, case.spec).layer
     cache = init_cache(case.spec, batch=2, capacity=case.x.shape[1])
-    out = []
-    for token in range(case.x.shape[1]):
-        y, cache = step(case.inputs[:, token : token + 1], layer, cache)
+    out, done = [], 0
+    for size in chunks:
+        call = fill_first if prefilled and not done else step
+        y, cache = call(case.inputs[:, done : done + size], layer, cache)
         out.append(np.asarray(y))
+        done += size
+    assert done == case.x.shape[1]
     return np.concatenate(out, axis=1), cache
 
 
@@ -50,6 +53,25 @@ def test_keys_narrower_than_the_model_with_the_coordinates_they_lack(scheme, x64
     layout = (6, 3, 6, 24)
     case = suites.subject(scheme, layout, "rope")
     assert relative_l2(decoded(case)[0], suites.oracle_output(case)) < 1e-10
+
+
+@pytest.mark.parametrize("prefilled", [False, True], ids=["cached", "prefilled"])
+@pytest.mark.parametrize("chunks", [(9,), (4, 4, 1), (1,) * 9], ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "layout"),
+    [
+        ("k:float64+5", "mha"),
+        ("kr:float64", "mha"),
+        ("kr1:float64+4", "mha"),
+        ("k1:float64+6", (6, 3, 6, 24)),
+    ],
+)
+def test_tokens_may_come_in_any_chunks(scheme, layout, chunks, prefilled, x64):
+    """Extra coordinates, rotated keys and narrow keys, whose rows a prompt and a step both write and read."""
+    case = suites.subject(scheme, layout, "rope")
+    out, cache = decoded(case, chunks, prefilled=prefilled)
+    assert relative_l2(out, suites.oracle_output(case)) < 1e-10
+    assert np.array_equal(cache.length, [9, 9])
 
 
 @pytest.mark.parametrize(

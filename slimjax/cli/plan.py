@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-bytes-per-token", type=float, metavar="N", help="of all layers' caches together"
     )
     parser.add_argument(
-        "--schemes", metavar="SCHEME,...", help="what may be chosen; default k:int16+R, x1 and kv"
+        "--schemes",
+        metavar="SCHEME,...",
+        help="what may be chosen; default k:int16 with R from 0 on, v:int16 unless keys are narrower than inputs, "
+        "x:bf16, x:int16, x:int8 (under RoPE v1 and x1), kv:int8, kv:bf16, kv:int16",
     )
     parser.add_argument(
         "--cross",

@@ -23,6 +23,7 @@ from slimjax.report import (
     generic,
     paper,
     plots,
+    rows,
     samples,
     slim,
     slim_plots,
@@ -67,6 +68,7 @@ TABLES = {
     COMPARE: ablation.ablation_tables,
     "synthetic": synthetic.synthetic_tables,
     "paper": paper.paper_tables,
+    "slim_rows": rows.rows_tables,
 }
 FINDINGS = {
     SLIM: slim.slim_findings,

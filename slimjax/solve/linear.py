@@ -1,5 +1,7 @@
 """Linear maps between projections, solved in float64 on the host, and how they amplify noise."""
 
+import contextlib
+
 import numpy as np
 
 
@@ -12,7 +14,8 @@ def solve_map(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     Returns:
         float64 [E, F]: the solution for E = D; for E > D the one of least norm, which is the right inverse
-        source^T (source source^T)^-1 times target (arXiv 2503.05840, non-square weight matrices).
+        source^T (source source^T)^-1 times target (arXiv 2503.05840, non-square weight matrices). Where the source
+        has no inverse at all, the best there is: who asks looks at its condition.
 
     Raises:
         ValueError: E < D, where no such M exists in general.
@@ -21,7 +24,8 @@ def solve_map(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     if key_width < width:
         raise ValueError(f"a map out of [D={width}, E={key_width}] needs E >= D")
     if key_width == width:
-        return np.linalg.solve(source, target)
+        with contextlib.suppress(np.linalg.LinAlgError):
+            return np.linalg.solve(source, target)
     return np.linalg.lstsq(source, target, rcond=None)[0]
 
 

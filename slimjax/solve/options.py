@@ -16,7 +16,7 @@ from slimjax.solve.augment import Solution
 from slimjax.solve.calibrate import Calibration
 from slimjax.solve.convert import convert, through_codec
 from slimjax.solve.fit import fit, key_error
-from slimjax.solve.linear import condition_number, solve_map
+from slimjax.solve.linear import condition_number
 from slimjax.solve.scales import fixed
 
 
@@ -178,9 +178,10 @@ def _read_back(layer: Layer, spec: DecodeSpec, calibration: Calibration | None) 
         read = through_codec(inputs, spec, 1)
         got = read @ layer.keys, read @ layer.values
     elif name == "v":
-        condition = condition_number(layer.values)
+        made = convert(layer.projections, spec, layer=layer.name)  # refuses a singular W_V
+        condition = made.figures.condition_number
         read = through_codec(values, spec, spec.kv_heads, "v")
-        got = read @ solve_map(layer.values, layer.keys).astype(spec.accumulation), read
+        got = read @ np.asarray(made.layer.weights.w_vk).reshape(spec.key_width, -1), read
     else:
         raise NotImplementedError(f"{layer.name}: basis {name!r} is chosen for all layers together")
     error = max(relative_l2(got[0], keys), relative_l2(got[1], values))

@@ -14,7 +14,8 @@ from slimjax.solve.calibrate import Calibration
 from slimjax.solve.options import Layer, Option, menu
 
 RANKS = (0, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-FALLBACKS = ("kv:bf16", "kv:int16")
+INPUTS = ("bf16", "int16", "int8")  # codecs of an X-cache
+FALLBACKS = ("kv:int8", "kv:bf16", "kv:int16")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,17 +95,19 @@ class Plan:
 
 
 def candidates(layer: Layer, codecs: Sequence[str] = ("int16",)) -> tuple[Scheme, ...]:
-    """The schemes looked at where none are named: k with growing R, then the bases without an inverse.
+    """The schemes looked at where none are named: k with growing R, then v, x and kv (v1 and x1 under RoPE).
 
-    Keys narrower than the inputs need D - E coordinates at least, however many those are; no other codec than
-    int16, no V-cache, and of the shared caches none: they are named, or they are not looked at.
+    Keys narrower than the inputs need D - E coordinates at least, however many those are, and rule v out; of other
+    codecs and of the shared caches none: they are named, or they are not looked at.
     """
     wide, lacking = layer.spec.key_width, layer.spec.width - layer.spec.key_width
     least, most = max(0, lacking), min(wide // 2, RANKS[-1])
     ranks = {rank for rank in RANKS if least <= rank <= most} | ({least} if least < wide else set())
     keys = [f"k:{codec}+{rank}" if rank else f"k:{codec}" for codec in codecs for rank in sorted(ranks)]
-    inputs = "x1:bf16" if layer.spec.position.rotary else "x:bf16"
-    return tuple(parse_scheme(text) for text in (*keys, inputs, *FALLBACKS))
+    option = "1" if layer.spec.position.rotary else ""
+    values = [f"v{option}:int16"] if lacking <= 0 else []
+    inputs = [f"x{option}:{codec}" for codec in INPUTS]
+    return tuple(parse_scheme(text) for text in (*keys, *values, *inputs, *FALLBACKS))
 
 
 def measure(
@@ -143,8 +146,8 @@ def choose(
     Args:
         layers: the model's attention layers.
         menus: of each, from ``measure``.
-        max_error: each layer takes the fewest bytes whose error is at most this. Bases k and kr come first:
-            an X-cache, which takes about as many, makes keys and values anew at every step (option 1), or
+        max_error: each layer takes the fewest bytes whose error is at most this. Where bases k and kr can, only kv
+            competes with them: an X- or V-cache makes keys (and values) anew at every step (option 1), or
             multiplies whole rows for the scores of every head as well (option 2). Its line says so.
         max_bytes_per_token: of all layers together; the largest error of any layer is made as small as that
             allows. Exactly one of the two budgets is given.
@@ -204,9 +207,10 @@ def make_plan(
 
 
 def _cheapest(layer: Layer, options: Sequence[Option], limit: float) -> Option:
-    """The fewest bytes within the limit, of keys alone where that can be. Raises NotImplementedError for none."""
-    keys = [option for option in options if option.scheme.basis in ("k", "kr") and option.error <= limit]
-    return _smallest(layer, keys or options, limit)
+    """The fewest bytes within the limit, of k, kr and kv where keys alone can. Raises NotImplementedError for none."""
+    if any(option.scheme.basis in ("k", "kr") and option.error <= limit for option in options):
+        options = [option for option in options if option.scheme.basis in ("k", "kr", "kv")]
+    return _smallest(layer, options, limit)
 
 
 def _smallest(layer: Layer, options: Sequence[Option], limit: float) -> Option:
@@ -249,8 +253,9 @@ def _choice(layer: Layer, options: Sequence[Option], one: Option, limit: float) 
         reason += f"; {near.scheme}, smaller, errs {near.error:.1e}"
     for option in smaller:
         if option.error <= limit:
+            made = "keys" if option.scheme.basis == "v" else "keys and values"
             again = option.scheme.option == 1
-            cost = "make keys and values anew" if again else "multiply whole rows for every head's scores too"
+            cost = f"make {made} anew" if again else "multiply whole rows for every head's scores too"
             reason += f"; {option.scheme} would take {option.bytes_per_token} bytes but {cost}"
     tried = tuple(
         {"scheme": str(o.scheme), "refused": o.refused}
