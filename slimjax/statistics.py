@@ -74,7 +74,9 @@ def wilson(right: int, count: int, level: float = LEVEL) -> Interval:
     share, spread = right / count, z * z / count
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count)) / (1 + spread)
-    return Interval(share, max(0.0, centre - half), min(1.0, centre + half))
+    # Of none and of all the ends are exact, whatever rounding makes of them.
+    low = 0.0 if right == 0 else max(0.0, centre - half)
+    return Interval(share, low, 1.0 if right == count else min(1.0, centre + half))
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:

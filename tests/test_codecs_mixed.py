@@ -72,9 +72,9 @@ def test_where_two_widths_are_refused():
         ("k:flashq2-4(extra=int8)/32+4", codec("flashq", bits="2-4", group=32), codec("int8")),
         ("k:flashq2-4/32+4", codec("flashq", bits="2-4", group=32), codec("flashq", bits=4, group=32)),
         (
-            "k:kivi2(extra=kivi8,tile=64)/32+4",
-            codec("kivi", bits=2, group=32, tile=64),
-            codec("kivi", bits=8),
+            "k:kivi2(extra=kivi8,tile=64,window=64)/32+4",
+            codec("kivi", bits=2, group=32, tile=64, window=64),
+            codec("kivi", bits=8, window=64),
         ),
         ("k:int4(extra=int16)+4", codec("int4"), codec("int16")),
         (
