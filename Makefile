@@ -3,7 +3,7 @@
 # Time on 2 CPU cores, Python 3.11, packages from a nearby index (minutes; .ci/run = all of it, limit 60):
 #   install          1.5  once, again only when pyproject.toml or the constraints change
 #   lint             0.5
-#   test            25
+#   test            25  an estimate; 40 were measured beside other work
 #   test-parity      1    with 1 to install torch and transformers, once
 #   quickstart       4    (limit 5) after installation; .ci/run trains briefly: 2
 #   test-fast       17    on Python 3.12 with the newest jax, with 1 to install
@@ -66,7 +66,7 @@ reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute a
 	    --out results/ablation-fast/$$table $(ARGS); \
 	done
 
-test: $(STAMP)-test ## the test suite (about 25 min)
+test: $(STAMP)-test ## the test suite (some 25 min)
 	$(PYTEST) --ignore=tests/parity $(ARGS)
 
 test-fast: $(STAMP)-test ## the test suite without the tests marked slow

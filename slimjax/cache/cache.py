@@ -151,14 +151,7 @@ def append(
     if rows.keys() != cache.streams.keys():
         raise ValueError(f"the cache holds {sorted(cache.streams)}, the new rows are {sorted(rows)}")
     tokens = next(iter(rows.values())).shape[1]
-    new = jnp.full_like(cache.length, tokens) if count is None else count.astype(cache.length.dtype)
-    wrong = (new < 0) | (new > tokens)
-    length = jnp.where(wrong, jnp.full_like(new, cache.capacity + 1), cache.length + new)
-    if not isinstance(length, Tracer):
-        if bool(jnp.any(wrong)):
-            raise ValueError(f"count = {new.tolist()}: expected 0..{tokens}, the tokens given")
-        if int(jnp.max(length)) > cache.capacity:
-            raise ValueError(f"{int(jnp.max(length))} tokens do not fit a cache of {cache.capacity} slots")
+    new, length = _grown(cache, tokens, count)
     step = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     # Padding goes to a slot that does not exist, where the scatter drops it.
     slots = jnp.where(step < new[:, None], cache.length[:, None] + step, cache.capacity)
@@ -182,6 +175,19 @@ def append(
         first = flushed(codec, cache.length) * codec.span
     recent = Recent(lines=lines, first=first) if keep else None
     return dataclasses.replace(cache, streams=streams, length=length, recent=recent)
+
+
+def _grown(cache: Cache, tokens: int, count: Lengths | None) -> tuple[Lengths, Lengths]:
+    """New tokens of each sequence and its length with them, past the capacity where the count is wrong."""
+    new = jnp.full_like(cache.length, tokens) if count is None else count.astype(cache.length.dtype)
+    wrong = (new < 0) | (new > tokens)
+    length = jnp.where(wrong, jnp.full_like(new, cache.capacity + 1), cache.length + new)
+    if not isinstance(length, Tracer):
+        if bool(jnp.any(wrong)):
+            raise ValueError(f"count = {new.tolist()}: expected 0..{tokens}, the tokens given")
+        if int(jnp.max(length)) > cache.capacity:
+            raise ValueError(f"{int(jnp.max(length))} tokens do not fit a cache of {cache.capacity} slots")
+    return new, length
 
 
 def read(
