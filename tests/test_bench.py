@@ -13,6 +13,7 @@ from slimjax.kernels.shapes import SHAPES
 from slimjax.records import read
 from slimjax.report import facts
 from slimjax.solve import convert
+from slimjax.timing import Timing
 
 TRAIN = """
 Run.experiment = 'train_bench'
@@ -99,6 +100,28 @@ def test_decoding_without_pytorch(tmp_path):
     assert generation.status == "ok"
     assert {"tokens_per_second", "time_to_first_token"} <= generation.metrics.keys()
     json.dumps([r.to_json() for r in records])
+
+
+@pytest.mark.parametrize("stalls", [1, 3])
+def test_a_stall_while_the_first_token_is_timed_is_measured_again(stalls, monkeypatch):
+    """The machine stalls the first few times: the difference is negative, so both are timed again, and longer."""
+    asked = []
+
+    def time_calls(call, *, least, **_):
+        generated = call()
+        asked.append((generated, least))
+        stalled = generated == 1 and len(asked) <= 2 * stalls
+        return Timing((100.0 if stalled else float(generated),) * least)
+
+    monkeypatch.setattr(decode_bench.timing, "time_calls", time_calls)
+    bench = decode_bench.DecodeBenchConfig(least=2, generated=60)
+    if stalls == 3:
+        with pytest.raises(ValueError, match="no longer than its first token"):
+            decode_bench._short_and_long(lambda new: new, bench)
+    else:
+        short, long = decode_bench._short_and_long(lambda new: new, bench)
+        assert (short.milliseconds, long.milliseconds) == (1.0, 60.0)
+        assert asked == [(1, 2), (60, 2), (1, 8), (60, 8)]
 
 
 @pytest.mark.usefixtures("no_torch")
