@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from experiments.bench_settings import DecodeBenchConfig
 from experiments.directory import RunDirectory
-from experiments.settings import Build, Cell, DecodeBenchConfig, Forecast, Measure, Unit
+from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from experiments.train_bench import torch_peer
 from slimjax import timing
 from slimjax.attention.layer import CachedAttention, init_cache

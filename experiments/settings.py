@@ -10,14 +10,14 @@ import importlib
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
+from experiments.bench_settings import DecodeBenchConfig, LayerBenchConfig, TrainBenchConfig, check_models
 from experiments.compare_settings import CompareConfig, SyntheticConfig
 from experiments.directory import RunDirectory
 from experiments.slim_settings import SlimErrorConfig, SlimRowsConfig, SlimWhisperConfig
 from slimjax.config import (
     CheckpointConfig,
-    ComputeDtype,
     Config,
     ConfigError,
     Count,
@@ -25,8 +25,6 @@ from slimjax.config import (
     EquivalenceConfig,
     ModelConfig,
     PositionKind,
-    Positive,
-    Range,
     TrackingConfig,
     TrainConfig,
     Whole,
@@ -42,6 +40,7 @@ EXPERIMENTS = {
     "paper": "experiments.paper",
     "train_bench": "experiments.train_bench",
     "decode_bench": "experiments.decode_bench",
+    "layer_bench": "experiments.layer_bench",
     "slim_whisper": "experiments.slim_whisper",
     "slim_error": "experiments.slim_error",
     "slim_rows": "experiments.slim_rows",
@@ -78,11 +77,7 @@ class QuickstartConfig(Config):
     models: tuple[str, ...] = ("default",)
 
     def validate(self) -> None:
-        names = self.models  # they are scopes and folders
-        if not names or len(set(names)) < len(names) or not all(name.isidentifier() for name in names):
-            raise ConfigError(
-                f"models = {names}: expected distinct names like 'default', at least one", "models"
-            )
+        check_models(self.models)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +94,7 @@ class ReasoningConfig(QuickstartConfig):
     schemes: tuple[str, ...] = ("kv:float32", "kv:int8", "kv:int4", "kv:int2")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # compute dtype
     problems: Count = 500  # none of them trained on
+    context: Count = 4096  # tokens of the cache whose bytes are reported, as in `Compare`
     seed: Whole = 0  # of the problems
 
     def validate(self) -> None:
@@ -172,59 +168,6 @@ class PaperConfig(Config):
             raise ConfigError("batches = (): expected at least one", "batches")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig(Config):
-    """How long each cell is timed."""
-
-    seconds: Positive = 2.0  # no new call of a cell begins after so long
-    least: Count = 10  # calls, whatever they take
-    threads: Whole = 0  # CPU threads of PyTorch; 0: as many as JAX has
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainBenchConfig(BenchConfig):
-    """The models whose training is timed, named as in `Quickstart`."""
-
-    models: tuple[str, ...] = ("default",)
-
-    def validate(self) -> None:
-        QuickstartConfig(models=self.models)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodeBenchConfig(BenchConfig):
-    """Decode attention by itself (shapes), and whole models that generate text (models, named as in `Quickstart`)."""
-
-    shapes: tuple[str, ...] = ("tiny-rope",)  # names in `slimjax.kernels.shapes`
-    schemes: tuple[str, ...] = (
-        "kv:float32",
-        "k:float32",
-    )  # one whose dtype is not among `dtypes` is timed under all
-    dtypes: tuple[ComputeDtype, ...] = ("float32",)  # compute dtypes
-    batches: tuple[Count, ...] = (1,)
-    contexts: tuple[Count, ...] = (1024,)  # cached tokens
-    implementations: tuple[str, ...] = ()  # of `slimjax.decode`; (): all there are
-    copy_bytes: Annotated[int, Range(least=1, most=1 << 40)] = 1 << 28  # moved to see how fast memory is
-    caches: Count = 4  # read in turns, so that the processor's own cache serves less
-    models: tuple[str, ...] = ()
-    model_schemes: tuple[str, ...] = ("kv:float32", "k:float32")
-    model_batches: tuple[Count, ...] = (1, 8)
-    prompt_length: Count = 128
-    generated: Count = 128
-
-    def validate(self) -> None:
-        if self.models:
-            QuickstartConfig(models=self.models)
-        for name in ("shapes", "schemes", "dtypes", "batches", "contexts", "model_schemes", "model_batches"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ConfigError(f"{name} = {values}: expected distinct values", name)
-        if self.generated < 2:
-            raise ConfigError(
-                "generated = 1: expected at least 2, time per token being a difference", "generated"
-            )
-
-
 SECTIONS: dict[str, type[Config]] = {
     "Run": RunConfig,
     "Model": ModelConfig,
@@ -240,6 +183,7 @@ SECTIONS: dict[str, type[Config]] = {
     "Paper": PaperConfig,
     "TrainBench": TrainBenchConfig,
     "DecodeBench": DecodeBenchConfig,
+    "LayerBench": LayerBenchConfig,
     "SlimWhisper": SlimWhisperConfig,
     "SlimError": SlimErrorConfig,
     "SlimRows": SlimRowsConfig,

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from experiments.bench_settings import TrainBenchConfig
 from experiments.directory import RunDirectory
-from experiments.settings import Build, Cell, Forecast, Measure, TrainBenchConfig, Unit
+from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from experiments.train import Variant
 from slimjax import timing
 from slimjax.config import Config

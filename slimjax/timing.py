@@ -78,7 +78,7 @@ def time_calls(
 
 def compiled(
     function: Callable[..., Any], *arguments: Any, clock: Clock = time.perf_counter, **options: Any
-) -> tuple[Callable[..., Any], float]:
+) -> tuple[jax.stages.Compiled, float]:
     """``function`` compiled for arguments like these, and the seconds that tracing and compiling took.
 
     The persistent compilation cache is left out, or a second run would time the disk.

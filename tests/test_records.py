@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slimjax.records import CELL, METRICS, Record, RecordLog, append_line, provenance, read, read_lines
+from slimjax.record_names import CELL, METRICS
+from slimjax.records import Record, RecordLog, append_line, provenance, read, read_lines
 
 
 def record(scheme: str = "kv:bf16", **metrics: float) -> Record:

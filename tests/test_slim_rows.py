@@ -7,7 +7,7 @@ import pytest
 
 from experiments import run, slim_rows
 from experiments.slim_rows import LAYOUTS, ROWS
-from slimjax.records import METRICS
+from slimjax.record_names import METRICS
 
 HERE = Path(__file__).parent.parent / "configs" / "slim_rows.gin"
 

@@ -55,6 +55,7 @@ TITLES = {
     "train": "Training",
     "ablate": "Ablation",
     "decode_bench": "How long does a decoded token take?",
+    "layer_bench": "How long does a layer take under each cache?",
     "train_bench": "How long does a training step take?",
     "slim_error": "Where slim attention's error comes from",
     "reasoning": "How many problems does a model still solve through its cache?",

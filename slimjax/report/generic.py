@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from slimjax.records import METRICS, Record
+from slimjax.record_names import METRICS
+from slimjax.records import Record
 from slimjax.report.samples import (
     PARTS_OF_SCHEME,
     by_cell,
@@ -47,6 +48,7 @@ COLUMNS = {
     "milliseconds": Column("time of one call (ms)", "number"),
     "compile_seconds": Column("compilation (s)", "number"),
     "speed_over_peer": Column("fastest peer's time / this", "ratio"),
+    "speed_over_bf16": Column("kv:bf16's time / this", "ratio"),
     "fastest_over_peer": Column("the same of the fastest calls", "ratio"),
     "copy_gigabytes_per_second": Column("copy, GB per second", "number"),
     "gigabytes_per_second": Column("GB per second", "number"),
@@ -69,6 +71,7 @@ COLUMNS = {
     "self_cache_bytes": Column("self cache (bytes)", "count"),
     "cross_cache_bytes": Column("cross cache (bytes)", "count"),
     "cross_milliseconds": Column("cross phase (ms)", "number"),
+    "temporary_bytes": Column("temporaries (bytes)", "count"),
     "cache_bytes": Column("cache (bytes)", "count"),
     "bytes_read_per_token": Column("bytes read per token", "count"),
     "operations_per_byte": Column("OPs per byte", "number"),

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slimjax.records import CELL, Record, cell_key
+from slimjax.record_names import CELL
+from slimjax.records import Record, cell_key
 
 # Coordinates that tell the rows of one model's table apart; `scheme` holds all of the second line.
 PARTS_OF_SCHEME = ("basis", "option", "extra", "codec", "bits", "group", "softmax")
