@@ -6,7 +6,9 @@ JAX_ENABLE_COMPILATION_CACHE=false turns it off. Deleting the folder costs compi
 """
 
 import contextlib
+import functools
 import hashlib
+import math
 import os
 import platform
 import zlib
@@ -60,6 +62,26 @@ def _whole(entry: bytes) -> bool:
     except zlib.error:
         return False
     return stream.eof
+
+
+def compile_seconds() -> float:
+    """What this process has spent so far on lowering and compiling, or on programs from the disk; tracing is left out.
+
+    Counted from the first call on.
+    """
+    return math.fsum(_listened())
+
+
+@functools.cache
+def _listened() -> list[float]:
+    found: list[float] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event.endswith(("/jaxpr_to_mlir_module_duration", "/backend_compile_duration")):  # neither nests
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return found
 
 
 def cache_folder() -> Path:

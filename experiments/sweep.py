@@ -3,10 +3,11 @@
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.compilation import compile_seconds
 from experiments.directory import Refused, RunDirectory
 from experiments.progress import clock, steps_once
 from experiments.settings import Cell, Experiment, Unit
@@ -37,6 +38,7 @@ class Outcome:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     status: Status = "ok"
     reason: str = ""
+    compile_seconds: float = 0.0  # since the outcome before it
 
 
 def outcomes(
@@ -52,6 +54,7 @@ def outcomes(
     reads the progress any more: no result, the same command goes on.
     """
     measure, failure, start = None, None, time.monotonic()
+    compiled = compile_seconds()
     try:
         measure = experiment.prepare(unit, config, directory)
     except (Refused, BrokenPipeError):
@@ -74,7 +77,9 @@ def outcomes(
         except Exception as error:  # noqa: BLE001  as above
             status, reason = _failure(error, f"{unit.name}: {describe_cell(cell)}", directory)
             outcome = Outcome(cell, time.monotonic() - start, status=status, reason=reason)
-        yield outcome
+        spent = compile_seconds() - compiled
+        compiled += spent
+        yield replace(outcome, compile_seconds=spent)
 
 
 def _failure(error: Exception, where: str, directory: RunDirectory) -> tuple[Status, str]:
@@ -143,6 +148,7 @@ class Sweep:
         self.retried = retried(directory.path)
         self.begun = self.newest = self._shown = time.monotonic()  # the second: when the last cell was added
         self.measured = 0  # cells, by this process and its workers
+        self.compiling = 0.0  # seconds of theirs together
         self._reported, self._cost = -1, 0.0  # records in the last report, and the seconds it took
 
     def missing(self, unit: Unit) -> Unit | None:
@@ -164,6 +170,7 @@ class Sweep:
             made["retried"] = before
         self.log.add(Record(outcome.cell, outcome.metrics, outcome.status, outcome.reason, made))
         self.measured += 1
+        self.compiling += outcome.compile_seconds
         self.newest = time.monotonic()
         self._progress()
 
@@ -208,6 +215,7 @@ class Sweep:
             "cells": self.measured,
             "seconds": round(seconds, 3),
             "cells_per_minute": round(60 * self.measured / seconds, 3),
+            "compile_seconds": round(self.compiling, 3),
             "jobs": self.jobs,
         }
 

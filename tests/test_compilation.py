@@ -3,6 +3,9 @@
 import os
 import zlib
 
+import jax
+import jax.numpy as jnp
+
 from experiments import compilation
 
 
@@ -20,3 +23,14 @@ def test_a_torn_entry_is_deleted_and_the_others_are_not(tmp_path):
     compilation.drop_torn(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {".looked", "g-cache", *kept}
     compilation.drop_torn(tmp_path / "new")  # where nothing is yet
+
+
+def test_seconds_of_compilation_grow_with_a_program_that_is_new_and_with_no_other():
+    compilation.compile_seconds()  # from here on
+    program = jax.jit(lambda x: jnp.sin(x) @ jnp.cos(x))
+    three, four = jnp.ones((3, 3)), jnp.ones((4, 4))
+    seen = [compilation.compile_seconds()]
+    for x in (three, three, four):
+        program(x).block_until_ready()
+        seen.append(compilation.compile_seconds())
+    assert seen[0] < seen[1] == seen[2] < seen[3]

@@ -49,7 +49,7 @@ def test_a_run_directory_holds_what_made_it(launch, tmp_path, capsys):
     assert resolved["config"]["steps"] == 77
     result = json.loads((out / "result.json").read_text())
     assert result["cells"] == {"ok": 12, "refused": 0, "failed": 0, "out-of-memory": 0}
-    assert result["sweep"].keys() == {"cells", "seconds", "cells_per_minute", "jobs"}
+    assert result["sweep"].keys() == {"cells", "seconds", "cells_per_minute", "compile_seconds", "jobs"}
     assert run.load(out / "config.gin").run == result["run"]
     stamp = json.loads((out / "stamp.json").read_text())
     assert stamp["source"] == directory.source_hash()

@@ -67,7 +67,8 @@ def pace(sweep: Mapping[str, Any]) -> str:
         return ""
     cells = f"{sweep['cells']} cell{'' if sweep['cells'] == 1 else 's'}"
     jobs = f" with {sweep['jobs']} processes" if sweep["jobs"] > 1 else ""
-    return f"{cells} in {sweep['seconds']:.0f} s{jobs}, {sweep['cells_per_minute']:.3g} a minute"
+    compiling = f" ({sweep['compile_seconds']:.0f} s of it compiling)" if "compile_seconds" in sweep else ""
+    return f"{cells} in {sweep['seconds']:.0f} s{jobs}{compiling}, {sweep['cells_per_minute']:.3g} a minute"
 
 
 def joined(runs: Sequence[Run]) -> Run:
