@@ -33,6 +33,7 @@ class Reasoning(Config):
     schemes: tuple[str, ...]
     dtype: Literal["float32", "bfloat16", "float16"]
     problems: int
+    context: int
     seed: int
     variants: tuple[Variant, ...]
 
@@ -62,7 +63,7 @@ def resolve(build: Build) -> Reasoning:
     section, data = build("Reasoning"), build("Data")
     if data.task is None:
         raise ConfigError(
-            "task is not given: expected one such as Data.task = 'lookup_sum(keys=40,steps=32)'",
+            "task is not given: expected one such as Data.task = 'sort(symbols=160,items=128,asked=40)'",
             "task",
             "Data",
         )
@@ -72,6 +73,7 @@ def resolve(build: Build) -> Reasoning:
         schemes=section.schemes,
         dtype=section.dtype,
         problems=section.problems,
+        context=section.context,
         seed=section.seed,
         variants=tuple(
             Variant(name=name, model=build("Model", name), train=build("Train", name))
@@ -94,7 +96,8 @@ def _cells(variant: Variant, config: Reasoning) -> tuple[Cell, ...]:
         "seed": variant.train.seed,
     }
     cells = scheme_cells(shared, variant.model, config.measured)
-    return tuple(cell for cell in cells if cell["dtype"] != IDENTITY)  # an identity has no answers
+    # An identity has no answers; bytes are those of a long context, a row's would be those of its buffers.
+    return tuple({**cell, "context": config.context} for cell in cells if cell["dtype"] != IDENTITY)
 
 
 def forecast(unit: Unit, config: Reasoning) -> Forecast:
@@ -119,7 +122,7 @@ def prepare(unit: Unit, config: Reasoning, directory: RunDirectory) -> Measure:
 
     def measure(cell: Cell) -> dict[str, Any]:
         layers, _ = convert_model(model, str(cell["scheme"]), config.dtype)
-        caches = jax.eval_shape(lambda: init_caches(layers, 1, row_length(task)))
+        caches = jax.eval_shape(lambda: init_caches(layers, 1, config.context))
         stored = sum(cache.bytes_per_token for cache in caches)
         return {
             "accuracy": accuracy(model, layers, task, asked),

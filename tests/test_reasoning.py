@@ -34,7 +34,7 @@ Train.batch = 4
 Train.length = 20
 Train.log_every = 2
 Reasoning.models = ('small',)
-Reasoning.schemes = ('kv:float32', 'kv:int2', 'x:bf16')
+Reasoning.schemes = ('kv:float32', 'kv:kivi2/8', 'x:bf16')
 Reasoning.problems = 7
 """
 MODEL = ModelConfig(layers=1, width=16, heads=2)
@@ -65,11 +65,14 @@ def test_every_scheme_is_a_record_and_the_model_can_be_loaded(config, tmp_path, 
         assert record.metrics.keys() == {"accuracy", "count", "bytes_per_token", "compression"}
         assert record.metrics["count"] == 7
         assert record.metrics["accuracy"] * 7 == pytest.approx(round(record.metrics["accuracy"] * 7))
-    assert records[1].metrics["compression"] > 1 > records[0].metrics["compression"] == 0.5
+    assert records[0].metrics["compression"] == 0.5
+    # Of 4,096 tokens, 128 of them uncompressed; a row of 20 would have none that are compressed.
+    assert records[1].cell["context"] == 4096
+    assert records[1].metrics["compression"] == pytest.approx(32 / 13)
     found = pretrained.find(out)
     assert found.data.task == str(TASK)
     model, asked = pretrained.restore(found), problems(TASK, 0, 7)
-    layers, _ = convert_model(model, "kv:int2")
+    layers, _ = convert_model(model, "kv:kivi2/8")
     assert accuracy(model, layers, TASK, asked) == records[1].metrics["accuracy"]
     capsys.readouterr()
     assert small_runs.launched(config, out) == 0
@@ -81,7 +84,7 @@ def test_every_scheme_is_a_record_and_the_model_can_be_loaded(config, tmp_path, 
     [
         ("Data.task = 'lookup_sum(keys=5,steps=2)'\n", "", "task is not given"),
         ("Train.length = 20", "Train.length = 19", "has 20 tokens to read, not 19"),
-        ("'kv:int2'", "'kv:int99'", "unknown codec 'int99'"),
+        ("'kv:kivi2/8'", "'kv:int99'", "unknown codec 'int99'"),
         ("keys=5", "keys=1", "keys = 1: expected a whole number of 4..52"),
     ],
 )

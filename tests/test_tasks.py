@@ -7,10 +7,11 @@ import pytest
 
 from slimjax.config import ConfigError, DataConfig
 from slimjax.data import load_corpus
-from slimjax.tasks import SPLITS, LookupSum, grade, parse_task, problems
+from slimjax.tasks import SPLITS, LookupSum, Sort, grade, parse_task, problems
 from slimjax.tasks.task import row_length, rows, split_of
 
 TASK = LookupSum(keys=6, steps=4)
+SORT = Sort(symbols=14, items=6, asked=4)
 
 
 def text(row):
@@ -46,6 +47,52 @@ def test_rows_are_prompts_with_their_worked_answers(task):
 
 def test_the_documented_row_is_one():
     assert worked_by_hand("c4a7b9d1;00b", 4) == ("990c431d141a712", "21")
+
+
+@pytest.mark.parametrize("task", [SORT, Sort(further=8), Sort(symbols=255, items=254, asked=254)], ids=str)
+def test_rows_of_sorting_are_distinct_symbols_and_the_smallest_in_order(task):
+    """By another road than the generator's: all symbols are asked, one after the other, whether they are there."""
+    for row in rows(task, np.random.default_rng(4), 20, "train").tolist():
+        given, ask, worked = row[: task.items], row[task.items], row[task.prompt_length :]
+        assert len(row) == task.prompt_length + task.answer_length == row_length(task) + 1
+        assert (len(set(given)), ask) == (task.items, 255)
+        assert worked == [symbol for symbol in range(task.symbols) if symbol in given][: len(worked)]
+        assert len(worked) == task.asked + task.further
+
+
+def test_sorting_asks_for_sets_in_any_order_and_its_splits_share_none():
+    found = {split: rows(SORT, np.random.default_rng(0), 4000, split)[:, :6].tolist() for split in SPLITS}
+    asked = {split: {frozenset(given) for given in found[split]} for split in SPLITS}
+    assert not asked["train"] & asked["test"]
+    assert not asked["train"] & asked["validation"]
+    assert not asked["validation"] & asked["test"]
+    orders = {tuple(given) for given in found["test"]}
+    assert len(orders) > 10 * len(asked["test"])  # many orders of few sets
+    first = np.bincount([given[0] for given in found["train"]], minlength=14)
+    assert first.min() > 4000 / 14 / 2  # any symbol may come first
+
+
+def test_sorting_is_solved_by_all_symbols_in_order():
+    asked = problems(SORT, 0, 4)
+    right = [sorted(prompt)[:4] for prompt in asked.prompts[:, :6].tolist()]
+    generated = np.asarray(right, np.int32)
+    assert asked.answers == tuple(" ".join(map(str, one)) for one in right)
+    assert grade(SORT, asked, generated).tolist() == [True] * 4
+    generated[1, 0] += 1  # one of the middle is enough
+    generated[2] = generated[2, [1, 0, 2, 3]]  # the symbols in another order
+    assert grade(SORT, asked, generated).tolist() == [True, False, False, True]
+    assert not grade(SORT, asked, generated[:, :-1]).any()
+
+
+def test_further_symbols_are_learnt_and_not_graded():
+    further = Sort(symbols=14, items=6, asked=4, further=2)
+    asked, shorter = problems(further, 0, 3), problems(SORT, 0, 3)
+    assert asked.answers == shorter.answers
+    np.testing.assert_array_equal(asked.prompts, shorter.prompts)
+    worked = np.sort(asked.prompts[:, :6], axis=1)
+    worked[0, 4:] = 0
+    worked[1, 3] = 0
+    assert grade(further, asked, worked).tolist() == [True, False, True]
 
 
 def test_splits_share_no_problem_and_their_shares_are_90_5_and_5():
@@ -151,6 +198,9 @@ def test_a_tasks_text_reads_back_as_itself():
     assert parse_task("lookup_sum") == LookupSum()
     assert parse_task(str(LookupSum(letters=41))) == LookupSum(letters=41)
     assert parse_task(" lookup_sum( keys=8 , steps=2 )") == LookupSum(keys=8, steps=2)
+    assert parse_task(str(SORT)) == SORT
+    assert parse_task("sort") == Sort()
+    assert parse_task(str(Sort(further=3))) == Sort(further=3)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +212,11 @@ def test_a_tasks_text_reads_back_as_itself():
         ("lookup_sum(keys=3)", r"keys = 3: expected a whole number of 4\.\.52"),
         ("lookup_sum(keys=8,steps=9)", r"steps = 9: expected a whole number of 1\.\.8"),
         ("lookup_sum(keys=4.5)", "keys = 4.5"),
+        ("sort(item=4)", "no option 'item'; did you mean 'items'"),
+        ("sort(symbols=256)", r"symbols = 256: expected a whole number of 4\.\.255"),
+        ("sort(symbols=9,items=9)", r"items = 9: expected a whole number of 2\.\.8"),
+        ("sort(symbols=9,items=4,asked=5)", r"asked = 5: expected a whole number of 1\.\.4"),
+        ("sort(symbols=9,items=4,asked=3,further=2)", r"further = 2: expected a whole number of 0\.\.1"),
         ("lookup_sum(keys=8,steps=2,letters=7)", r"letters = 7: expected a whole number of 8\.\.52"),
     ],
 )

@@ -1,18 +1,20 @@
 """Tasks with exact answers, for models trained until they solve them: what a damaged cache costs, in answers lost.
 
-`task` says what a task is and how its problems are split, `lookup` is one, `corpus` feeds one to training, `solve`
-has a model answer its problems through given caches.
+`task` says what a task is and how its problems are split, `lookup` and `sort` are tasks, `corpus` feeds one to
+training, `solve` has a model answer its problems through given caches.
 """
 
 from slimjax.tasks.corpus import TaskCorpus, task_corpus
 from slimjax.tasks.lookup import LookupSum
 from slimjax.tasks.solve import accuracy, solved
+from slimjax.tasks.sort import Sort
 from slimjax.tasks.task import SPLITS, Problems, Split, Task, grade, parse_task, problems
 
 __all__ = [
     "SPLITS",
     "LookupSum",
     "Problems",
+    "Sort",
     "Split",
     "Task",
     "TaskCorpus",

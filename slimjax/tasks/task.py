@@ -15,11 +15,12 @@ from jaxtyping import Int, UInt8
 
 from slimjax.scheme import parse_options, suggest
 from slimjax.tasks.lookup import LookupSum
+from slimjax.tasks.sort import Sort
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 _TWENTIETHS = (18, 1, 1)  # of all problems, in the order of SPLITS
-TASKS: dict[str, type["Task"]] = {"lookup_sum": LookupSum}
+TASKS: dict[str, type["Task"]] = {"lookup_sum": LookupSum, "sort": Sort}
 
 
 class Task(Protocol):
