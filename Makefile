@@ -29,7 +29,7 @@ SHELL := bash
 # Targets share one environment; pip must not run in it twice at once.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart reproduce reproduce-fast test test-fast test-parity models lint format clean python-ok
+.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity models lint format clean python-ok
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -40,31 +40,51 @@ quickstart: $(STAMP)-run ## train a small model on real text, convert its caches
 
 # The comparison of TurboAttention with its rivals: a table each of configs/ablation. Finished ones are only reported.
 RUN = "$(BIN)/python" -m experiments.run
+# All tables in one page, and their cells, whichever table they are of, as points of bytes and KL.
+REPORT = "$(BIN)/python" -m experiments.report
 ABLATION := configs/ablation
-TABLES := main components pareto selectors tiles buffer protection sas_models slim_turbo
-# A model that solves a task (configs/reasoning.gin), where one is trained: its answers are counted in two tables.
-REASONING ?= $(firstword $(wildcard results/reasoning/*/models/*))
+TABLES := main components selectors tiles buffer protection sas_models slim_turbo pareto
+# A model that solves a task, which `make reasoning` trains; where it is, its answers are counted in two tables.
+REASONING := results/ablation/reasoning
 ASKED := main components
-FAST := --set "Compare.models = ()" --set "Compare.tokens = 1024" --set "Compare.problems = 0"
-SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 400"
+LM := results/ablation/lm
+# Of pareto models trained here alone are asked: SmolLM2 has its points from the other tables.
+# Models trained here are read as far as they were trained.
+CONTEXT := --set "Compare.models = ()" --set "Compare.length = 1024" --set "Compare.tokens = 4608"
+FAST := --set "Compare.models = ()" --set "Compare.problems = 0" --set "Compare.length = 256" \
+  --set "Compare.calibration = 2048" --set "Compare.trained = ('results/ablation-fast/lm',)"
+SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 400" --set "Train.batch = 4" \
+  --set "Train.length = 256"
 
-reproduce: $(STAMP)-run models ## the tables of the comparison, into results/ablation (not timed yet; goes on where it stopped)
-	$(RUN) $(ABLATION)/lm.gin --out results/ablation/lm
+reproduce: $(STAMP)-run models ## the tables of the comparison, into results/ablation (goes on where it stopped)
+	$(RUN) $(ABLATION)/lm.gin --out $(LM)
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table; done
 	for table in $(TABLES); do \
-	  trained="'results/ablation/lm',"; \
-	  case " $(ASKED) " in *" $$table "*) trained="$$trained $(REASONING:%='%',)";; esac; \
-	  $(RUN) $(ABLATION)/$$table.gin --set "Compare.trained = ($$trained)" --out results/ablation/$$table $(ARGS); \
+	  trained="'$(LM)',"; \
+	  case " $(ASKED) " in *" $$table "*) [ ! -d $(REASONING)/models ] || trained="$$trained '$(REASONING)',";; esac; \
+	  only=(); [ $$table != pareto ] || only=(--set "Compare.models = ()"); \
+	  $(RUN) $(ABLATION)/$$table.gin --set "Compare.trained = ($$trained)" "$${only[@]}" \
+	    --out results/ablation/$$table $(ARGS); \
 	done
 	$(RUN) $(ABLATION)/context.gin --out results/ablation/context $(ARGS)
+	$(RUN) $(ABLATION)/context.gin $(CONTEXT) --set "Compare.trained = ('$(LM)',)" \
+	  --out results/ablation/context_lm $(ARGS)
+	$(REPORT) $(TABLES:%=results/ablation/%) results/ablation/context results/ablation/context_lm \
+	  --out results/ablation/report
 
-reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute and fewer tokens (not timed yet)
+reasoning: $(STAMP)-run ## train the model that solves a task, whose answers `make reproduce` then counts, too (< 40 min)
+	$(RUN) configs/reasoning.gin --out $(REASONING) $(ARGS)
+
+reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, shorter windows and fewer tokens
 	$(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table; done
-	for table in $(TABLES) context; do \
-	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.trained = ('results/ablation-fast/lm',)" \
+	for table in $(TABLES); do \
+	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.prompt = 128" --set "Compare.tokens = 1024" \
 	    --out results/ablation-fast/$$table $(ARGS); \
 	done
+	$(RUN) $(ABLATION)/context.gin $(FAST) --set "Compare.prompt = 64" --set "Compare.tokens = 1152" \
+	  --out results/ablation-fast/context $(ARGS)
+	$(REPORT) $(TABLES:%=results/ablation-fast/%) results/ablation-fast/context --out results/ablation-fast/report
 
 test: $(STAMP)-test ## the test suite (some 25 min)
 	$(PYTEST) --ignore=tests/parity $(ARGS)

@@ -10,7 +10,9 @@ from slimjax.scheme import parse_scheme
 Study = Literal[
     "main", "components", "selectors", "tiles", "buffer", "sas", "protection", "slim_turbo", "context", "pareto"
 ]  # fmt: skip
-Selector = Literal["none", "priority", "entropy", "minmax", "variation", "random", "calibrated"]
+Selector = Literal["none", "priority", "entropy", "minmax", "variation", "random", "calibrated", "dynamic"]
+Protect = Literal["ends", "middle"]
+LEAST = 5  # windows that calibrate
 
 
 def _check(config: Config, names: Sequence[str], least: int = 1) -> None:
@@ -39,8 +41,8 @@ def _check_schemes(name: str, texts: Sequence[str]) -> None:
 class CompareConfig(Config):
     """Language models, and the caches that are tried on each.
 
-    Every scheme is a cell under every number of protected layers; one of two widths besides under every selector
-    and fraction, the random selector under every seed.
+    Every scheme is a cell under every number of protected layers, in every place; one of two widths besides under
+    every selector and fraction, the random selector under every seed.
     """
 
     study: Study = "main"  # the table that the cells are for
@@ -54,17 +56,21 @@ class CompareConfig(Config):
     selectors: tuple[Selector, ...] = ("none",)
     fractions: tuple[Fraction, ...] = ()  # of the heads in fewer bits; (): as each scheme says
     protected: tuple[Whole, ...] = (0,)  # layers at either end
+    protect: tuple[Protect, ...] = ("ends",)  # "middle": as many layers in the middle in their place
     protection: str = "kv:int8"  # their scheme
     seeds: tuple[Whole, ...] = (0,)
     tokens: Count = 4096  # held-out tokens scored, of each model
-    length: Count = 256  # tokens per window of them
-    calibration: Count = 2048  # further tokens, on which maps and heads are chosen
+    # Tokens per window of them, and how many of these are a prompt, which is not scored: its rows are written to the
+    # cache as prefill writes them. A task's rows, and their prompts, have lengths of their own.
+    length: Count = 1024
+    prompt: Whole = 512
+    calibration: Count = 16384  # further tokens, fewer of a short text, on which maps and heads are chosen
     context: Count = 4096  # tokens of the cache whose bytes are reported
 
     def validate(self) -> None:
         for name in ("models", "trained", "fractions"):
             _check(self, (name,), least=0)
-        _check(self, ("schemes", "selectors", "protected", "seeds"))
+        _check(self, ("schemes", "selectors", "protected", "protect", "seeds"))
         _check_schemes("schemes", self.schemes)
         _check_schemes("protection", (self.protection,))
         if not self.models and not self.trained:
@@ -73,12 +79,25 @@ class CompareConfig(Config):
                 "as results/train/ID/models/NAME",
                 ("trained", "models"),
             )
-        for name in ("tokens", "calibration"):
-            if getattr(self, name) % self.length:
-                raise ConfigError(
-                    f"{name} = {getattr(self, name)} is not a multiple of length = {self.length}",
-                    (name, "length"),
-                )
+        if self.prompt >= self.length:
+            raise ConfigError(
+                f"prompt = {self.prompt} leaves nothing to score of windows of length = {self.length}",
+                ("prompt", "length"),
+            )
+        if self.tokens % (scored := self.length - self.prompt):
+            raise ConfigError(
+                f"tokens = {self.tokens} is not a multiple of the {scored} that a window scores (length - prompt)",
+                ("tokens", "length", "prompt"),
+            )
+        if self.calibration < LEAST:
+            raise ConfigError(
+                f"calibration = {self.calibration}: expected at least a token for each of {LEAST} windows",
+                "calibration",
+            )
+        if "dynamic" in self.selectors and not self.prompt:
+            raise ConfigError(
+                "selectors: dynamic chooses heads on a prompt, and prompt = 0", ("selectors", "prompt")
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +106,8 @@ class SyntheticConfig(Config):
 
     schemes: tuple[str, ...] = ()  # of basis kv, on N(0, 1) queries, keys and values
     tokens: Count = 1024  # of those
+    # Besides by encode and decode alone: no buffer of newest tokens, products in floating point.
+    alone: tuple[str, ...] = ()
     thresholds: tuple[Whole, ...] = ()  # of SAS; 0: no cut
     degrees: tuple[Count, ...] = (3,)  # of its polynomial
     contexts: tuple[Count, ...] = (1024,)  # keys of a query
@@ -96,15 +117,16 @@ class SyntheticConfig(Config):
     seeds: tuple[Whole, ...] = (0,)
 
     def validate(self) -> None:
-        _check(self, ("schemes", "thresholds"), least=0)
+        _check(self, ("schemes", "alone", "thresholds"), least=0)
         _check(self, ("degrees", "contexts", "seeds"))
-        _check_schemes("schemes", self.schemes)
-        for text in self.schemes:
-            if parse_scheme(text).basis != "kv":
-                raise ConfigError(
-                    f"schemes: {text}: there is no layer to take keys from values by; expected basis kv",
-                    "schemes",
-                )
+        for name in ("schemes", "alone"):
+            _check_schemes(name, getattr(self, name))
+            for text in getattr(self, name):
+                if parse_scheme(text).basis != "kv":
+                    raise ConfigError(
+                        f"{name}: {text}: there is no layer to take keys from values by; expected basis kv",
+                        name,
+                    )
         if not self.schemes and not self.thresholds:
             raise ConfigError("nothing to measure: give schemes or thresholds", ("schemes", "thresholds"))
         if wrong := [degree for degree in self.degrees if degree > 8]:

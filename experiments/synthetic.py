@@ -3,7 +3,8 @@
 No model's weights, so anybody can check the figures; no model's outliers either, so they are no forecast of one.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.sas import lost_mass, polynomial_error
 from slimjax.attention.softmax import softmax_of
-from slimjax.cache import append, codec_of, empty
+from slimjax.cache import Cache, append, codec_of, empty
 from slimjax.compare import attention_errors
 from slimjax.config import Config
 from slimjax.kernels.api import decode
@@ -26,6 +27,7 @@ from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import parse_scheme
 
 TITLE = "Attention on Gaussian numbers"
+CACHE, ALONE = "cache", "encode and decode"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +45,20 @@ def resolve(build: Build) -> Synthetic:
 def units(config: Synthetic) -> list[Unit]:
     """The schemes, then SAS context by context."""
     grid = config.grid
-    found = [Unit("schemes", tuple(_scheme_cells(grid)))] if grid.schemes else []
+    cells = [*_scheme_cells(grid, grid.schemes, CACHE), *_scheme_cells(grid, grid.alone, ALONE)]
+    found = [Unit("schemes", tuple(cells))] if cells else []
     if grid.thresholds:
         found += [Unit(f"SAS, {keys} keys", tuple(_sas_cells(grid, keys))) for keys in grid.contexts]
     return found
 
 
-def _scheme_cells(grid: SyntheticConfig) -> Iterator[Cell]:
-    for text in grid.schemes:
+def _scheme_cells(grid: SyntheticConfig, texts: Sequence[str], backend: str) -> Iterator[Cell]:
+    for text in texts:
         for seed in grid.seeds:
             yield {
                 "experiment": "synthetic",
                 **schemes.parts(parse_scheme(text)),
+                "backend": backend,
                 "head_dim": grid.head_dim,
                 "context": grid.tokens,
                 "seed": seed,
@@ -88,7 +92,8 @@ def prepare(unit: Unit, config: Synthetic, directory: RunDirectory) -> Measure:
     def measure(cell: Cell) -> dict[str, Any]:
         draw = np.random.default_rng(int(cell["seed"] or 0))
         if cell.get("scheme") is not None:
-            return scheme_errors(str(cell["scheme"]), draw, config.grid.tokens, config.grid.head_dim)
+            errors = scheme_errors if cell["backend"] == CACHE else codec_errors
+            return errors(str(cell["scheme"]), draw, config.grid.tokens, config.grid.head_dim)
         return sas_errors(cell, draw, config.grid.queries)
 
     return measure
@@ -97,23 +102,66 @@ def prepare(unit: Unit, config: Synthetic, directory: RunDirectory) -> Measure:
 def scheme_errors(text: str, draw: np.random.Generator, tokens: int, size: int) -> dict[str, float]:
     """A scheme's attention of ``tokens`` N(0, 1) queries on as many keys and values, all seeing all, float32.
 
-    Against the exact one in float64.
+    Against the exact one in float64. All keys and values are appended at once, as decoded tokens; the newest are in
+    the cache's buffer, if the codec has one. Bits per value are those of the whole cache, buffer and lengths included.
     """
-    q, k, v = (draw.standard_normal((1, tokens, 1, size)) for _ in range(3))
+    q, k, v = _drawn(draw, tokens, size)
+    found, cache = _through(text, tokens, size)(*(jnp.asarray(each, jnp.float32) for each in (q, k, v)))
+    bits = 8 * cache.nbytes / (2 * cache.capacity * size)
+    return _single(np.asarray(found), _attended(q, k, v)) | {"bits_per_value": bits}
+
+
+@functools.cache
+def _through(text: str, tokens: int, size: int) -> Callable[..., tuple[jax.Array, Cache]]:
+    """Attention of q on k and v through a cache, which comes along; compiled once for all draws."""
     scheme = parse_scheme(text)
     spec = DecodeSpec(scheme=scheme, heads=1, kv_heads=1, head_dim=size, width=size, causal=False)
     codec = codec_of(scheme)
 
     @jax.jit
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
         cache = empty({"k": (1, size), "v": (1, size)}, codec, batch=1, capacity=tokens)
-        return decode(q, append(cache, {"k": k, "v": v}, codec), DecodeWeights(), spec)
+        cache = append(cache, {"k": k, "v": v}, codec)
+        return decode(q, cache, DecodeWeights(), spec), cache
 
-    found = run(*(jnp.asarray(each, jnp.float32) for each in (q, k, v)))
-    weights = _softmax(np.einsum("btnh,bsnh->ts", q, k) / np.sqrt(size))
-    wanted = (weights @ v[0, :, 0])[None, :, None]
-    bits = 8 * (codec.nbytes((1, tokens, 1, size), "k") + codec.nbytes((1, tokens, 1, size), "v"))
-    return _single(np.asarray(found), wanted) | {"bits_per_value": bits / (2 * tokens * size)}
+    return run
+
+
+def codec_errors(text: str, draw: np.random.Generator, tokens: int, size: int) -> dict[str, float]:
+    """As ``scheme_errors``, but of keys and values that the scheme's codec has encoded and decoded, all of them: no
+    buffer keeps the newest better, and attention is exact on what comes back. So others emulate a codec.
+    """
+    q, k, v = _drawn(draw, tokens, size)
+    codec, alone = codec_of(parse_scheme(text)), _alone(text)
+    k_rounded, v_rounded = alone(*(jnp.asarray(each, jnp.float32) for each in (k, v)))
+    found = _attended(q, *(np.asarray(each, np.float64) for each in (k_rounded, v_rounded)))
+    shape = (1, tokens, 1, size)
+    bits = 8 * (codec.nbytes(shape, "k") + codec.nbytes(shape, "v")) / (2 * tokens * size)
+    return _single(found, _attended(q, k, v)) | {"bits_per_value": bits}
+
+
+@functools.cache
+def _alone(text: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Keys and values, encoded and decoded; compiled once for all draws."""
+    codec = codec_of(parse_scheme(text))
+
+    @jax.jit
+    def run(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return codec.decode(codec.encode(k, "k")), codec.decode(codec.encode(v, "v"))
+
+    return run
+
+
+def _drawn(draw: np.random.Generator, tokens: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries, keys and values, [1, T, 1, H], float64."""
+    shape = (1, tokens, 1, size)
+    return draw.standard_normal(shape), draw.standard_normal(shape), draw.standard_normal(shape)
+
+
+def _attended(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Exact attention without a mask, [1, T, 1, H], float64."""
+    weights = _softmax(np.einsum("btnh,bsnh->ts", q, k) / np.sqrt(q.shape[-1]))
+    return (weights @ v[0, :, 0])[None, :, None]
 
 
 def sas_errors(cell: Cell, draw: np.random.Generator, queries: int) -> dict[str, float]:

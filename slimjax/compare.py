@@ -1,38 +1,37 @@
 """A language model through a cache against the same model without one, token by token.
 
-``prepare`` keeps the exact model's logits, and what its attention layers are given and answer; ``choose`` makes the
-layers of one way to cache, ``measure`` holds them against it. Everything goes through ``evaluate.cached_logits``:
-every key and value that a token sees comes out of the cache.
+``slimjax.windows`` keeps what the exact model makes of its text; ``choose`` makes the layers of one way to cache,
+``measure`` holds them against it: after a prompt, whose rows are those of the exact model, every key and value that a
+token sees comes out of the cache.
 """
 
 import dataclasses
-import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from slimjax.attention.bases import basis
 from slimjax.attention.layer import CachedAttention
-from slimjax.axes import Inputs
-from slimjax.evaluate import cached_logits
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.models.decoder import Block, DecoderLM, convert_model, full_attention, init_caches
+from slimjax.models.decoder import init_caches
 from slimjax.numerics import cosine, logit_kl, relative_l1, relative_l2, rmse
 from slimjax.scheme import Scheme, parse_scheme
-from slimjax.solve.calibrate import Calibration, collect
 from slimjax.solve.convert import convert
 from slimjax.solve.fit import fit
-from slimjax.solve.mixing import head_orders, protected
+from slimjax.solve.heads import permute_heads
+from slimjax.solve.mixing import for_prompt, protected
 from slimjax.statistics import blocks, mean_interval
+from slimjax.windows import Exact, Part, continued
 
+HEADED = ("kv", "k", "kr", "v")  # bases whose rows have heads
 SOLVED = ("k", "kr")  # bases whose values come from a map that calibration chooses
 BLOCK = 64  # tokens whose mean KL is one sample
-BATCH_TOKENS = 1024  # tokens read at once, about
+DYNAMIC = "dynamic"  # the selector that chooses anew for every prompt, by priority
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,8 +40,10 @@ class Choice:
 
     Attributes:
         scheme: of the layers that are not protected.
-        selector: how the heads with fewer bits are chosen (``slimjax.solve.mixing``); "none": in their order.
+        selector: how the heads with fewer bits are chosen (``slimjax.solve.mixing``); "none": in their order;
+            "dynamic": by priority, for every prompt anew (``for_prompt``).
         protected: so many first, and so many last, layers are under ``protection`` instead.
+        protect: "ends", or "middle": as many layers, but in the middle.
         seed: of the random selector.
         dtype: compute dtype.
     """
@@ -51,6 +52,7 @@ class Choice:
     selector: str = "none"
     protected: int = 0
     protection: Scheme | None = None
+    protect: str = "ends"
     seed: int = 0
     dtype: str = "float32"
 
@@ -62,129 +64,40 @@ class Choice:
             raise NotImplementedError(
                 f"{self.protected} protected layers at either end leave none of {layers}; protect fewer"
             )
-        return protected(self.scheme, self.protection, layers, self.protected, self.protected)
+        if self.protect == "ends":
+            return protected(self.scheme, self.protection, layers, self.protected, self.protected)
+        first = layers // 2 - self.protected
+        inside = range(first, first + 2 * self.protected)
+        return tuple(self.protection if index in inside else self.scheme for index in range(layers))
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Part:
-    """Windows that are read together, and what the exact model makes of them.
-
-    Attributes:
-        tokens: [B, T+1].
-        logits: [B, T, V], float32, on the host.
-        inputs, outputs: of every layer, what attention is given and answers in the first window, [1, T, D].
-    """
-
-    tokens: Int[Array, "B T"]
-    logits: np.ndarray
-    inputs: tuple[Inputs, ...]
-    outputs: tuple[np.ndarray, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Exact:
-    """The model without a cache.
-
-    Attributes:
-        model: its weights.
-        parts: the scored windows.
-        calibration: [C, T], tokens that are not scored; maps and heads are chosen on them.
-        bytes_per_token: of the text.
-        skip: so many first targets of every window are not scored: what no model can know, a task's question.
-        bits_per_byte: of this model on the scored targets.
-    """
-
-    model: DecoderLM
-    parts: tuple[Part, ...]
-    calibration: np.ndarray
-    bytes_per_token: float
-    skip: int
-    bits_per_byte: float
-
-    @functools.cached_property
-    def calibrations(self) -> tuple[Calibration, ...]:
-        """Of every layer, from the calibration tokens. Raises ValueError where those are fewer than five windows."""
-        graph, params = nnx.split(self.model)
-        batches = [
-            [np.asarray(x)[0] for x in _inputs(graph, params, jnp.asarray(window[None]))]
-            for window in self.calibration
-        ]
-        return collect(batches, len(self.model.blocks))
-
-
-def prepare(
-    model: DecoderLM,
-    windows: np.ndarray,
-    calibration: np.ndarray,
-    *,
-    bytes_per_token: float = 1.0,
-    skip: int = 0,
-) -> Exact:
-    """The exact model, in float32, on windows of held-out text, as many at a time as ``BATCH_TOKENS`` say.
-
-    Args:
-        model: its parameters are float32.
-        windows: int32 [W, T+1].
-        calibration: int32 [C, T], of other text.
-        bytes_per_token, skip: as in ``Exact``.
-
-    Raises:
-        ValueError: no windows, or none of their targets is scored.
-    """
-    count, length = windows.shape[0], windows.shape[1] - 1
-    if count < 1 or length <= skip:
-        raise ValueError(
-            f"{windows.shape=}, {skip=}: expected at least one window with a target that is scored"
-        )
-    together = _together(count, max(1, BATCH_TOKENS // length))
-    parts, nats = [], []
-    for start in range(0, count, together):
-        tokens = jnp.asarray(windows[start : start + together], jnp.int32)
-        part = _exact_part(model, tokens)
-        parts.append(part)
-        nats.append(np.asarray(_nats(jnp.asarray(part.logits), tokens[:, 1:]), np.float64)[:, skip:])
-    bits = float(np.concatenate(nats).mean()) / math.log(2)
-    return Exact(
-        model=model,
-        parts=tuple(parts),
-        calibration=calibration,
-        bytes_per_token=bytes_per_token,
-        skip=skip,
-        bits_per_byte=bits / bytes_per_token,
-    )
-
-
-def _together(count: int, most: int) -> int:
-    """The largest number up to ``most`` that divides the windows: batches of one shape, one compilation."""
-    return max(size for size in range(1, min(most, count) + 1) if count % size == 0)
-
-
-def _exact_part(model: DecoderLM, tokens: Int[Array, "B T"]) -> Part:
-    h, inputs, outputs = model.embed(tokens[:, :-1], "float32"), [], []
-    for block in model.blocks:
-        h, x, y = _exact_block(*nnx.split(block), h)
-        inputs.append(x)
-        outputs.append(np.asarray(y))
-    logits = np.asarray(_exact_head(*nnx.split(model), h))
-    return Part(tokens=tokens, logits=logits, inputs=tuple(inputs), outputs=tuple(outputs))
+    def check_selector(self) -> None:
+        """Raise NotImplementedError, with the reason, where there are no heads to choose from."""
+        if self.selector == "none":
+            return
+        if self.scheme.basis not in HEADED:
+            raise NotImplementedError(
+                f"selector {self.selector} orders heads; basis {self.scheme.basis} has one row for all of them"
+            )
+        if "-" not in (self.scheme.bits or ""):
+            raise NotImplementedError(f"selector {self.selector}: {self.scheme} has one width for all heads")
 
 
 def choose(exact: Exact, choice: Choice) -> tuple[CachedAttention, ...]:
-    """The layers of a choice. Of bases k and kr the maps are the best on the calibration tokens.
+    """The layers of a choice, heads of fewer bits first (of "dynamic" in the model's order, until a prompt is known).
 
-    Raises NotImplementedError, with the reason, where the model cannot be cached so.
+    Of bases k and kr the maps are the best on the calibration tokens, for the heads in that order. Raises
+    NotImplementedError, with the reason, where the model cannot be cached so.
     """
-    schemes = choice.schemes(len(exact.model.blocks))
-    if choice.selector != "none":
-        return _ordered(exact, choice, schemes)
-    if not any(scheme.basis in SOLVED for scheme in schemes):
-        return convert_model(exact.model, schemes, choice.dtype)[0]
-    layers = []
+    schemes, layers = choice.schemes(len(exact.model.blocks)), []
+    choice.check_selector()
     for index, (block, scheme) in enumerate(zip(exact.model.blocks, schemes, strict=True)):
         weights, spec = block.attention.projections(), block.attention.decode_spec(scheme, choice.dtype)
         name, solution = f"layer {index}", None
+        _refuse(spec, name)  # before anything is fitted
+        if choice.selector not in ("none", DYNAMIC):
+            order = exact.order(index, scheme, choice.selector, choice.seed)
+            weights = permute_heads(weights, order, spec.position)
         if scheme.basis in SOLVED:
-            _refuse(spec, name)  # before anything is fitted
             wk, wv = (np.asarray(w, np.float64).reshape(spec.width, -1) for w in (weights.wk, weights.wv))
             solution = fit(wk, wv, spec, exact.calibrations[index]).solution
         layers.append(convert(weights, spec, layer=name, solution=solution).layer)
@@ -199,35 +112,29 @@ def _refuse(spec: DecodeSpec, layer: str) -> None:
         raise NotImplementedError(f"{layer}: {refusal}") from None
 
 
-def _ordered(exact: Exact, choice: Choice, schemes: Sequence[Scheme]) -> tuple[CachedAttention, ...]:
-    """With the heads in the order that the selector gives them, those of fewer bits first."""
-    if choice.scheme.basis != "kv":
-        raise NotImplementedError(
-            f"selector {choice.selector} orders heads of keys and values; basis {choice.scheme.basis} has one row"
-        )
-    if "-" not in (choice.scheme.bits or ""):
-        raise NotImplementedError(f"selector {choice.selector}: {choice.scheme} has one width for all heads")
-    orders = head_orders(exact.model, exact.calibration, schemes, choice.selector, seed=choice.seed)
-    return convert_model(exact.model, schemes, choice.dtype, orders=orders)[0]
+def measure(
+    exact: Exact, layers: Sequence[CachedAttention], *, context: int, dynamic: bool = False
+) -> dict[str, float | list]:
+    """What the caches of these layers change, behind the prompts.
 
-
-def measure(exact: Exact, layers: Sequence[CachedAttention], *, context: int) -> dict[str, float | list]:
-    """What the caches of these layers change.
+    Args:
+        layers: from ``choose``.
+        context: tokens of the cache whose bytes are told.
+        dynamic: every prompt orders the heads for itself.
 
     Returns:
         perplexity, bits_per_byte, bits_per_byte_change; logit_kl with its 95 % interval (over blocks of 64 tokens,
-        which are logit_kl_blocks) and by position; top1_agreement; count; of attention's output on exact inputs,
-        worst and mean layer: cosine, relative L1, RMSE, relative L2 (attention_error), the last by position, too;
-        bytes_per_token (all layers, one sequence of ``context`` tokens) and compression over bf16 KV.
+        which are logit_kl_blocks; nats_blocks: of the targets) and by position; top1_agreement; count (of scored
+        targets); of attention's output on exact inputs, worst and mean layer: cosine, relative L1, RMSE, relative L2
+        (attention_error), the last by position, too; and what ``stored`` says of ``context`` tokens.
     """
     scores, outputs = [], [[] for _ in layers]
-    for part in exact.parts:
-        logits, probes = cached_logits(exact.model, layers, part.tokens[:, :-1], part.inputs)
-        scores.append(np.asarray(_scores(logits, jnp.asarray(part.logits), part.tokens[:, 1:]), np.float64))
+    for part, ready in _ready(exact, layers, dynamic):
+        logits, probes = continued(exact.model, ready, part)
+        scores.append(np.asarray(_scores(logits, jnp.asarray(part.logits), part.targets), np.float64))
         for found, probe in zip(outputs, probes, strict=True):
-            found.append(np.asarray(probe, np.float64)[0])
-    whole, nats, same = np.concatenate(scores, axis=1)
-    kl, nats, same = (each[:, exact.skip :] for each in (whole, nats, same))
+            found.append(np.asarray(probe))
+    kl, nats, same = np.concatenate(scores, axis=1)
     bits = float(nats.mean()) / math.log(2) / exact.bytes_per_token
     samples = blocks(kl, BLOCK)
     found = {
@@ -236,18 +143,29 @@ def measure(exact: Exact, layers: Sequence[CachedAttention], *, context: int) ->
         "bits_per_byte_change": bits - exact.bits_per_byte,
         "logit_kl": max(0.0, float(kl.mean())),  # rounding can leave -1e-10
         "logit_kl_blocks": samples.tolist(),
+        "nats_blocks": blocks(nats, BLOCK).tolist(),
         "top1_agreement": float(same.mean()),
         "count": int(kl.size),
     }
     if samples.size > 1:
         interval = mean_interval(samples)
         found |= {"logit_kl_low": interval.low, "logit_kl_high": interval.high}
-    wanted = [
-        [np.asarray(part.outputs[index], np.float64)[0] for part in exact.parts]
-        for index in range(len(layers))
-    ]
-    errors = attention_errors([np.stack(each) for each in outputs], [np.stack(each) for each in wanted])
-    return found | errors | _by_position(whole, outputs, wanted) | stored(layers, context)
+    ours = [np.concatenate(each) for each in outputs]
+    wanted = [np.concatenate([part.outputs[index] for part in exact.parts]) for index in range(len(layers))]
+    places = _by_position(kl, ours, wanted, exact.parts[0].prompt)
+    return found | attention_errors(ours, wanted) | places | stored(layers, context)
+
+
+def _ready(
+    exact: Exact, layers: Sequence[CachedAttention], dynamic: bool
+) -> Iterator[tuple[Part, Sequence[CachedAttention]]]:
+    """The parts, each with the layers that read it."""
+    for part in exact.parts:
+        if not dynamic:
+            yield part, layers
+            continue
+        for window in part.alone():
+            yield window, for_prompt(exact.model, window.tokens[:, : window.prompt], layers)
 
 
 def attention_errors(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> dict[str, float]:
@@ -264,28 +182,30 @@ def attention_errors(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) 
     return worst | {f"{name}_mean": math.fsum(values) / len(values) for name, values in each.items()}
 
 
-def edges(length: int) -> list[int]:
-    """Ends of ranges of positions that double: 64, 128, 256 ... and the length itself."""
-    found = [BLOCK]
-    while 2 * found[-1] <= length:
-        found.append(2 * found[-1])
-    return found if found[-1] == length else [*[edge for edge in found if edge < length], length]
+def edges(length: int, start: int = 0) -> list[int]:
+    """Ends of ranges of positions from ``start`` on: the powers of two from 64 on, and the length itself."""
+    ends, end = [], BLOCK
+    while end < length:
+        ends += [end] if end > start else []
+        end *= 2
+    return [*ends, length]
 
 
 def _by_position(
-    kl: np.ndarray, outputs: Sequence[Sequence[np.ndarray]], wanted: Sequence[Sequence[np.ndarray]]
+    kl: np.ndarray, outputs: Sequence[np.ndarray], wanted: Sequence[np.ndarray], prompt: int
 ) -> dict[str, list[float]]:
-    """KL and mean relative L2 of attention's output over the layers, by ranges of positions; none of a short window."""
-    ends = edges(kl.shape[1])
+    """KL and mean relative L2 of attention's output over the layers, by ranges of positions; none of a single one."""
+    ends = edges(prompt + kl.shape[1], prompt)
     if len(ends) < 2:
         return {}
-    ranges = list(zip([0, *ends[:-1]], ends, strict=True))
-    layers = [(np.stack(a), np.stack(b)) for a, b in zip(outputs, wanted, strict=True)]
+    places = [slice(a - prompt, b - prompt) for a, b in itertools.pairwise([prompt, *ends])]
     return {
         "positions": [float(end) for end in ends],
-        "logit_kl_by_position": [max(0.0, float(kl[:, a:b].mean())) for a, b in ranges],
+        "logit_kl_by_position": [max(0.0, float(kl[:, place].mean())) for place in places],
         "attention_error_by_position": [
-            math.fsum(relative_l2(x[:, a:b], y[:, a:b]) for x, y in layers) / len(layers) for a, b in ranges
+            math.fsum(relative_l2(x[:, place], y[:, place]) for x, y in zip(outputs, wanted, strict=True))
+            / len(outputs)
+            for place in places
         ],
     }
 
@@ -294,13 +214,18 @@ def stored(layers: Sequence[CachedAttention], context: int) -> dict[str, float]:
     """Cache bytes per token of all layers, scales, windows and buffers included, and how many times less than bf16 KV.
 
     Of one sequence of ``context`` tokens (rounded up to whole buffers): a buffer does not grow with the sequence.
+    ``map_bytes``: of the weights that stand for W_V or W_K where only the other's rows are cached, if any do.
     """
     caches = jax.eval_shape(lambda: init_caches(layers, 1, context))
     size = sum(cache.bytes_per_token for cache in caches)
-    return {
+    found = {
         "bytes_per_token": size,
         "compression": sum(4 * layer.spec.key_width for layer in layers) / size,  # K and V, 2 bytes each
     }
+    maps = [(layer.weights.w_kv, layer.weights.extra, layer.weights.w_vk) for layer in layers]
+    if leaves := jax.tree.leaves(maps):
+        found["map_bytes"] = float(sum(leaf.nbytes for leaf in leaves))
+    return found
 
 
 def named(scheme: str, fraction: float | None) -> Scheme:
@@ -312,47 +237,13 @@ def named(scheme: str, fraction: float | None) -> Scheme:
     return dataclasses.replace(chosen, options=options)
 
 
-# Compiled once for all layers of one shape -------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _exact_block(graph: nnx.GraphDef, params: nnx.State, h: Inputs) -> tuple[Inputs, Inputs, Inputs]:
-    """A block without a cache; what attention was given and answered in the first window."""
-    block, kept = nnx.merge(graph, params), []
-    assert isinstance(block, Block)
-    plain = full_attention(block, "float32")
-
-    def attend(x: Inputs) -> Inputs:
-        y = plain(x)
-        kept.append((x[:1], y[:1]))
-        return y
-
-    return block(h, attend, "float32"), *kept[0]
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _exact_head(graph: nnx.GraphDef, params: nnx.State, h: Inputs) -> Float[Array, "B T V"]:
-    return nnx.merge(graph, params).head(h, "float32")
-
-
-@functools.partial(jax.jit, static_argnames="graph")
-def _inputs(graph: nnx.GraphDef, params: nnx.State, tokens: Int[Array, "B T"]) -> tuple[Inputs, ...]:
-    return nnx.merge(graph, params).attention_inputs(tokens)
-
-
-def _negative(logits: Float[Array, "B T V"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Negative log-likelihood of every target, nats."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-
-_nats = jax.jit(_negative)
-
-
 @jax.jit
 def _scores(
     logits: Float[Array, "B T V"], exact: Float[Array, "B T V"], targets: Int[Array, "B T"]
 ) -> Float[Array, "3 B T"]:
     """KL to the exact model, nats of the target, and whether the likeliest token is the same, of every token."""
+    nats = (
+        jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    )
     same = jnp.argmax(logits, axis=-1) == jnp.argmax(exact, axis=-1)
-    return jnp.stack([logit_kl(logits, exact), _negative(logits, targets), same.astype(logits.dtype)])
+    return jnp.stack([logit_kl(logits, exact), nats, same.astype(logits.dtype)])

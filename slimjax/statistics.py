@@ -1,7 +1,8 @@
 """What a difference between two caches is worth: tests and intervals of paired measurements.
 
 Shares (right answers) have Wilson's interval and McNemar's exact test, means (KL per token) an interval by
-Student's t over blocks of tokens, as neighbouring tokens are no independent samples.
+Student's t over blocks of tokens, as neighbouring tokens are no independent samples. Where several differences are
+tested at once, Holm's correction keeps the chance of even one false among them at the level.
 """
 
 import dataclasses
@@ -87,15 +88,24 @@ def mean_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) ->
     Raises:
         ValueError: no values, or some that are not finite; a level outside (0, 1).
     """
-    x = np.asarray(values, np.float64)
-    if x.ndim != 1 or not x.size or not np.all(np.isfinite(x)):
-        raise ValueError(f"{x.shape} values: expected at least one, all finite")
+    x = _samples(values)
     mean = float(x.mean())
     if x.size == 1:
         return Interval(mean, -math.inf, math.inf)
     t = float(special.stdtrit(x.size - 1, (1 + _checked(level)) / 2))
     half = t * float(x.std(ddof=1)) / math.sqrt(x.size)
     return Interval(mean, mean - half, mean + half)
+
+
+def next_interval(values: Sequence[float] | np.ndarray, level: float = LEVEL) -> Interval:
+    """The mean, and where one further sample of the same normal distribution lies at the level (Student's t).
+
+    Of one value the interval is the whole line. Raises ValueError as ``mean_interval``.
+    """
+    x = _samples(values)
+    found = mean_interval(x, level)
+    half = (found.high - found.mean) * math.sqrt(x.size + 1)
+    return Interval(found.mean, found.mean - half, found.mean + half)
 
 
 def paired_interval(
@@ -108,11 +118,77 @@ def paired_interval(
     return mean_interval(a - b, level)
 
 
+def paired_p(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p, by Student's t, that the mean of first - second is 0; below 1 - level where the interval at that
+    level leaves 0 out.
+
+    One pair says nothing: 1. Equal differences have no spread: 1 where they are 0, else 0.
+
+    Raises:
+        ValueError: other lengths, no values, or some that are not finite.
+    """
+    a, b = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"{a.shape} and {b.shape}: expected as many values of both")
+    x = _samples(a - b)
+    if x.size == 1:
+        return 1.0
+    spread = float(x.std(ddof=1)) / math.sqrt(x.size)
+    if spread == 0:
+        return float(x[0] == 0)
+    return float(2 * special.stdtr(x.size - 1, -abs(float(x.mean())) / spread))
+
+
+def welch_p(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray) -> float:
+    """Two-sided p that the means of two independent samples are equal: Welch's t (Biometrika 34, 1947).
+
+    For samples that no pairing joins, such as blocks of tokens at other places of a text. One value of either says
+    nothing: 1. Without any spread: 1 where the means are equal, else 0.
+
+    Raises:
+        ValueError: no values, or some that are not finite.
+    """
+    a, b = _samples(first), _samples(second)
+    if min(a.size, b.size) == 1:
+        return 1.0
+    parts = [float(x.var(ddof=1)) / x.size for x in (a, b)]
+    apart, total = float(a.mean() - b.mean()), sum(parts)
+    if total == 0:
+        return float(apart == 0)
+    freedom = total**2 / (parts[0] ** 2 / (a.size - 1) + parts[1] ** 2 / (b.size - 1))
+    return float(2 * special.stdtr(freedom, -abs(apart) / math.sqrt(total)))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjusted p of each of several tests (Scand. J. Stat. 6, 1979): the k-th smallest of m times m - k + 1.
+
+    To reject where the adjusted p is below a level keeps the chance of any false rejection below that level, however
+    the tests depend on each other.
+
+    Raises:
+        ValueError: a p outside [0, 1].
+    """
+    if wrong := [p for p in ps if not 0 <= p <= 1]:
+        raise ValueError(f"p = {wrong[0]}: expected probabilities")
+    found, most = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=lambda each: ps[each])):
+        most = max(most, min(1.0, (len(ps) - rank) * ps[index]))
+        found[index] = most
+    return found
+
+
 def blocks(values: np.ndarray, size: int) -> np.ndarray:
     """Means of blocks of at least ``size`` consecutive tokens of each sequence [B, T] (of T, where it is less); [n]."""
     count = max(1, values.shape[1] // size)
     parts = np.array_split(np.asarray(values, np.float64), count, axis=1)
     return np.stack([part.mean(axis=1) for part in parts], axis=1).reshape(-1)
+
+
+def _samples(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    x = np.asarray(values, np.float64)
+    if x.ndim != 1 or not x.size or not np.all(np.isfinite(x)):
+        raise ValueError(f"{x.shape} values: expected at least one, all finite")
+    return x
 
 
 def _checked(level: float) -> float:

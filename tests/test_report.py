@@ -239,7 +239,10 @@ def test_a_finished_run_leaves_nothing_of_its_half_finished_report(tmp_path):
     assert left - half == {"cells.md", "cells.csv", "cells.tex"}
     assert half - left == {name for name in half if name.startswith(("schemes", "models", "loss"))}
     assert "notes.txt" in left
-    assert "1 cell in 30 s with 2 processes (4 s of it compiling), 2 a minute</p>" in (tmp_path / "report.html").read_text()
+    assert (
+        "1 cell in 30 s with 2 processes (4 s of it compiling), 2 a minute</p>"
+        in (tmp_path / "report.html").read_text()
+    )
 
 
 @pytest.mark.parametrize("draw", [plots.equivalence_plot, front.pareto_plot])

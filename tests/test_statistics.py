@@ -6,7 +6,17 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from slimjax.statistics import blocks, mcnemar, mean_interval, paired_interval, wilson
+from slimjax.statistics import (
+    blocks,
+    holm,
+    mcnemar,
+    mean_interval,
+    next_interval,
+    paired_interval,
+    paired_p,
+    welch_p,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +62,47 @@ def test_mean_interval_is_students():
     assert (alone.mean, alone.apart) == (2.0, False)
 
 
+def test_one_more_sample_is_as_likely_inside_as_told():
+    draws = np.random.default_rng(0).normal(size=(4000, 4))
+    inside = [(found := next_interval(row[:3])).low <= row[3] <= found.high for row in draws]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+    assert next_interval([1.0]).low == -math.inf
+
+
 def test_pairs_see_what_their_spread_would_hide():
     noise = np.random.default_rng(0).normal(size=40)
     assert not paired_interval(noise, np.roll(noise, 1)).apart
     found = paired_interval(noise + 0.01, noise)
     assert found.apart
     assert found.mean == pytest.approx(0.01)
+
+
+def test_the_p_of_pairs():
+    """t = 3 / sqrt(2.5 / 5) of 4 degrees of freedom."""
+    found = paired_p([2.0, 4.0, 3.0, 5.0, 4.0], [1.0, 1.0, 1.0, 0.0, 0.0])
+    assert found == pytest.approx(0.0132356, rel=1e-5)
+    assert paired_p([1.0], [0.0]) == 1
+    assert paired_p([1.0, 2.0], [1.0, 2.0]) == 1
+    assert paired_p([2.0, 3.0], [1.0, 2.0]) == 0
+    x = np.random.default_rng(0).normal(size=20)
+    y = x + np.random.default_rng(1).normal(size=20)
+    edge = 1 - paired_p(x, y)
+    assert paired_interval(x, y, level=edge - 1e-6).apart
+    assert not paired_interval(x, y, level=edge + 1e-6).apart
+
+
+def test_welch_by_hand():
+    """Means 4 and 8, squared errors of them 4/3 and 8/3: t = -2 of 16 / (8/9 + 64/27) = 4.909 degrees of freedom."""
+    assert welch_p([2.0, 4.0, 6.0], [4.0, 12.0, 8.0, 8.0]) == pytest.approx(0.10299, rel=1e-4)
+    assert welch_p([1.0], [2.0, 3.0]) == 1
+    assert welch_p([1.0, 1.0], [1.0, 1.0]) == 1
+    assert welch_p([1.0, 1.0], [2.0, 2.0]) == 0
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_blocks_are_of_one_sequence_each():
@@ -78,6 +123,9 @@ def test_blocks_are_of_one_sequence_each():
         (lambda: mean_interval([]), "at least one"),
         (lambda: mean_interval([1.0, math.nan]), "all finite"),
         (lambda: paired_interval([1.0], [1.0, 2.0]), "as many values"),
+        (lambda: paired_p([1.0], [1.0, 2.0]), "as many values"),
+        (lambda: paired_p([], []), "at least one"),
+        (lambda: holm([0.5, 1.5]), "p = 1.5"),
     ],
 )
 def test_what_is_refused(wrong, message):

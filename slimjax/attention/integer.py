@@ -124,6 +124,7 @@ class Integer:
         turned = rotate(where.seeing(q), where.query_positions, spec.position)
         queries, q_scale = _query_tiles(turned, spec, rows)
         count, rows = queries.shape[1:3]
+        queries = jnp.transpose(queries, (0, 3, 4, 1, 2, 5))  # once, in the order of the scores
         shape = (batch, spec.kv_heads, spec.group, count, rows)
         state = _State(
             peak=jnp.full((*shape, 1), MASK, jnp.float32),
@@ -138,7 +139,7 @@ class Integer:
 
             def score(tile: Tile) -> Array:
                 return (
-                    _int_dot("bqtkgh,bskh->bkgqts", queries, tile.k).astype(jnp.float32)
+                    _int_dot("bkgqth,bskh->bkgqts", queries, tile.k).astype(jnp.float32)
                     * q_scale
                     * tile.k_scale
                 )
@@ -162,7 +163,12 @@ class Integer:
         """One tile of keys taken into account."""
         masked = jnp.where(mask, scores, jnp.full_like(scores, MASK))
         peak = jnp.maximum(state.peak, jnp.max(masked, axis=-1, keepdims=True))
-        p = jnp.where(mask, exponential(peak - masked), jnp.zeros_like(scores))
+
+        def weights() -> Array:
+            return jnp.where(mask, exponential(peak - masked), jnp.zeros_like(scores))
+
+        # Not only for tiles that no query sees: XLA on CPU would compute SAS, cheap as it looks, for every use of P.
+        p = jax.lax.cond(jnp.any(mask), weights, lambda: jnp.zeros_like(scores))
         fall = peak - state.peak
         factor = jnp.exp(-fall) if self.rescale == "exact" else jnp.where(fall == 0, 1.0, exponential(fall))
         share = _chosen(tiles, lambda tile: tile.share)

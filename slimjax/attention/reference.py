@@ -102,8 +102,9 @@ def turned(q: Queries, positions: Int[Array, "B T"], spec: DecodeSpec) -> Querie
 def scores(q: Queries, k: Keys) -> Scores:
     """q k^T for every query head; head n reads key head n // (N/K)."""
     batch, tokens, heads, size = q.shape
-    grouped = q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], size)
-    return einsum("btkgh,bskh->bkgts", grouped, k).reshape(batch, heads, tokens, k.shape[1])
+    # Queries are brought into the order of the scores: else XLA on CPU reorders those, which are many more.
+    grouped = jnp.moveaxis(q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], size), 1, 3)
+    return einsum("bkgth,bskh->bkgts", grouped, k).reshape(batch, heads, tokens, k.shape[1])
 
 
 @typed
@@ -132,8 +133,8 @@ def weigh(p: Scores, v: Values) -> Queries:
     if tokens == 1 and jax.default_backend() == "cpu":
         return _weigh_one(p.astype(v.dtype), v)
     grouped = p.astype(v.dtype).reshape(batch, v.shape[2], heads // v.shape[2], tokens, slots)
-    out = einsum("bkgts,bskh->btkgh", grouped, v)
-    return out.reshape(batch, tokens, heads, v.shape[3])
+    out = einsum("bkgts,bskh->bkgth", grouped, v)  # in the order of p, as for scores
+    return jnp.moveaxis(out, 3, 1).reshape(batch, tokens, heads, v.shape[3])
 
 
 def _weigh_one(p: Float[Array, "B N 1 S"], v: Values) -> Queries:

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 from slimjax.records import Record
 from slimjax.report import (
-    ablation,
     ablation_findings,
+    ablation_front,
     ablation_plots,
     compare,
     front,
@@ -66,7 +66,7 @@ SLIM, COMPARE = "slim_error", "compare"
 # Experiments with tables and sentences of their own.
 TABLES = {
     SLIM: slim.slim_tables,
-    COMPARE: ablation.ablation_tables,
+    COMPARE: ablation_front.comparison_tables,
     "synthetic": synthetic.synthetic_tables,
     "paper": paper.paper_tables,
     "slim_rows": rows.rows_tables,
@@ -213,7 +213,10 @@ def write_joined(folder: Path, runs: Sequence[Run], *, title: str = "") -> Path:
 
 
 def _apart(first: Run, other: Run) -> list[str]:
-    """A warning that two joined runs differ in more than their seeds."""
+    """A warning that two joined runs differ in more than their seeds, where they share cells."""
+    cells = [set(samples.by_cell(run.records)) for run in (first, other)]
+    if not cells[0] & cells[1]:
+        return []
     parts = [
         f"{what} ({left} / {right})"
         for what, left, right in compare.differences(first, other)

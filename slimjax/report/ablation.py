@@ -4,13 +4,16 @@ A *way* is all of a cell but its model and seed: scheme, selector, fraction, pro
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from slimjax.records import Record
-from slimjax.report.samples import Spread, distinct, measured, metric, sample, select, trouble
+from slimjax.report.paired import same_method
+from slimjax.report.positions import LEAST, ranges, windows
+from slimjax.report.samples import distinct, measured, metric, sample, select, trouble
 from slimjax.report.tables import UNMEASURED, Column, Table, Value, with_seeds
 
-WAY = ("scheme", "selector", "fraction", "protected", "protection")
+WAY = ("scheme", "selector", "fraction", "protected", "protect", "protection")
 # codec, bits, softmax -> mean accuracy in %, over LLaMA3-8B, Qwen2-7B and Phi3-3.8B on GSM8k, AQuA and BBH (arXiv
 # 2412.08585, its main table); the first is FP16.
 PUBLISHED: Mapping[tuple[str, str | None, str], float] = {
@@ -25,6 +28,7 @@ PUBLISHED: Mapping[tuple[str, str | None, str], float] = {
 COLUMNS = {
     "bytes_per_token": Column("cache (bytes per token)", "count"),
     "compression": Column("bf16 KV / this cache", "ratio"),
+    "map_bytes": Column("map in the weights (bytes)", "count"),
     "perplexity": Column("perplexity", "number"),
     "bits_per_byte_change": Column("bits per byte, change", "change"),
     "logit_kl": Column("logit KL (nats)", "error"),
@@ -55,10 +59,16 @@ TITLES = {
     "pareto": "All methods",
 }
 NOTE = (
-    "Against the same model without a cache, on tokens that nothing was chosen on; the interval is Student's t over "
-    "blocks of 64 tokens. Cosine, L1 and RMSE are of attention's output on the exact model's inputs."
+    "Against the same model without a cache, on tokens that nothing was chosen on. The KL's interval is Student's t "
+    "over blocks of consecutive tokens of one window. Cosine, L1 and RMSE are of attention's output on the exact "
+    "model's inputs."
 )
+MAP = " The map in the weights stands for W_V, or W_K, of all layers; it is no part of the cache."
 ANSWERS = " Accuracy has Wilson's interval, p is McNemar's exact test against the unquantised cache."
+SIDE = (
+    "compression", "logit_kl", "logit_kl_low", "logit_kl_high", "perplexity", "accuracy", "accuracy_low",
+    "accuracy_high",
+)  # fmt: skip
 
 
 def way(record: Record) -> tuple[Any, ...]:
@@ -88,9 +98,32 @@ def described(record: Record, names: Sequence[str]) -> str:
     return ", ".join([str(record.cell.get(scheme)), *parts])
 
 
+def by_window(records: Sequence[Record]) -> list[Record]:
+    """Models of a study that were read in windows of several lengths or prompts, each under a name of its own."""
+    found = {(record.cell.get("study"), record.cell.get("model"), *window_of(record)) for record in records}
+    names = [key[:2] for key in found]
+
+    def named(record: Record) -> Record:
+        model = record.cell.get("model")
+        if names.count((record.cell.get("study"), model)) < 2:
+            return record
+        length, prompt = window_of(record)
+        return replace(
+            record, cell={**record.cell, "model": f"{model}, windows of {length}, prompt {prompt or 0}"}
+        )
+
+    return [named(record) for record in records]
+
+
+def window_of(record: Record) -> tuple[Any, Any]:
+    """Tokens of its windows, and how many of these are a prompt, which is not scored."""
+    return record.cell.get("length"), record.cell.get("prompt")
+
+
 def ablation_tables(records: Sequence[Record]) -> dict[str, Table]:
     """`STUDY` side by side where several models are in it, `STUDY_MODEL` with all columns, `positions_MODEL`."""
     made: dict[str, Table] = {}
+    records = by_window(records)
     for study in distinct(records, "study"):
         here = select(records, study=study)
         models = distinct(here, "model")
@@ -115,15 +148,24 @@ def model_table(records: Sequence[Record], title: str) -> Table:
         remarks.append(_remark(here))
         labels.append(described(first, names))
         counts.append(sum(map(measured, here)))
-    columns = (
-        *(Column(name, "text" if name == "scheme" else "plain") for name in names),
-        *(COLUMNS[name] for name in metrics),
-    )
-    count, problems = metric(records, "count"), metric(records, "problems")
-    note = NOTE + (f" n = {int(count):,} tokens" if count else "")
-    note += f", {int(problems):,} problems.{ANSWERS}" if problems else "."
+    columns = (*way_columns(names), *(COLUMNS[name] for name in metrics))
+    note = NOTE + (MAP if "map_bytes" in metrics else "") + sizes(records)
     table = Table(title, columns, tuple(rows), tuple(remarks), note, tuple(labels), len(names))
     return with_seeds(table, counts)
+
+
+def sizes(records: Sequence[Record]) -> str:
+    """` n = 4,096 tokens in 64 blocks, 500 problems`, and how those are tested; "" of nothing measured."""
+    count, problems = metric(records, "count"), metric(records, "problems")
+    found = next((len(r.metrics["logit_kl_blocks"]) for r in records if "logit_kl_blocks" in r.metrics), 0)
+    parts = [f"{int(count):,} tokens" + (f" in {found:,} blocks" if found else "")] if count else []
+    parts += [f"{int(problems):,} problems"] if problems else []
+    return f" n = {', '.join(parts)}.{ANSWERS if problems else ''}" if parts else ""
+
+
+def way_columns(names: Sequence[str]) -> list[Column]:
+    """Those of a way."""
+    return [Column(name, "text" if name == "scheme" else "plain") for name in names]
 
 
 def _labels(record: Record, names: Sequence[str]) -> tuple[Value, ...]:
@@ -134,15 +176,20 @@ def _remark(records: Sequence[Record]) -> str:
     return trouble(records) or ("" if any(map(measured, records)) else UNMEASURED)
 
 
+def _remarks(records: Sequence[Record], models: Sequence[str]) -> str:
+    """The remarks of every model, with its name where not all of them have the same."""
+    found = {model: _remark(select(records, model=model)) for model in models}
+    said = {model: text for model, text in found.items() if text}
+    if len(said) == len(models) and len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{model}: {text}" for model, text in said.items())
+
+
 def side_by_side(records: Sequence[Record], study: str) -> Table:
     """KL, perplexity and accuracy of every model beside each other, and what the paper has for that method."""
     names, models = told(records), distinct(records, "model")
     parts = {
-        model: [
-            name
-            for name in ("compression", "logit_kl", "perplexity", "accuracy")
-            if any(name in record.metrics for record in select(records, model=model))
-        ]
+        model: [name for name in SIDE if any(name in r.metrics for r in select(records, model=model))]
         for model in models
     }
     rows, remarks, labels, counts = [], [], [], []
@@ -150,11 +197,11 @@ def side_by_side(records: Sequence[Record], study: str) -> Table:
         first = here[0]
         numbers = [sample(select(here, model=model), name) for model in models for name in parts[model]]
         rows.append((*_labels(first, names), *numbers, *([published(first)] if study == "main" else [])))
-        remarks.append(_remark(here))
+        remarks.append(_remarks(here, models) if len(models) > 1 else _remark(here))
         labels.append(described(first, names))
         counts.append(max(len(select(here, model=model)) for model in models))
     columns = (
-        *(Column(name, "text" if name == "scheme" else "plain") for name in names),
+        *way_columns(names),
         *(
             Column(f"{model}: {COLUMNS[name].title}", COLUMNS[name].form)
             for model in models
@@ -162,7 +209,12 @@ def side_by_side(records: Sequence[Record], study: str) -> Table:
         ),
         *([Column("paper: mean accuracy, %", "plain")] if study == "main" else []),
     )
-    note = NOTE
+    note = NOTE + "".join(
+        f" {model}:{text.removesuffix(ANSWERS)}"
+        for model in models
+        if (text := sizes(select(records, model=model)))
+    )
+    note += ANSWERS if any("accuracy" in found for found in parts.values()) else ""
     if study == "main":
         note += (
             " The paper's figures are means of its nine cells: three models of 4 to 8 billion parameters, three sets "
@@ -175,35 +227,44 @@ def side_by_side(records: Sequence[Record], study: str) -> Table:
 
 
 def published(record: Record) -> float | None:
-    """The paper's mean accuracy of a method and its bits, in %."""
+    """The paper's mean accuracy of a method and its bits, in %; options that leave it the method are no matter."""
     cell = record.cell
-    plain = cell.get("basis") == "kv" and not cell.get("compute") and "(" not in str(cell.get("scheme"))
+    plain = cell.get("basis") == "kv" and not cell.get("compute") and not cell.get("protected")
+    if cell.get("fraction") not in (None, 0.5) or not same_method(record):
+        return None
     key = (str(cell.get("codec")), cell.get("bits"), str(cell.get("softmax")))
     return PUBLISHED.get(key) if plain else None  # type: ignore[arg-type]
 
 
 def positions_table(records: Sequence[Record], title: str) -> Table:
-    """KL and attention error by ranges of positions."""
-    ends = next((list(r.metrics["positions"]) for r in records if "positions" in r.metrics), [])
-    starts = [0, *ends[:-1]]
+    """KL with its interval, and attention error, by ranges of positions; the first seed's."""
+    asked = [record for record in records if "positions" in record.metrics]
+    if not asked:
+        return Table(title, (Column("scheme"),), (), ())
+    places = ranges(asked[0])
     names = told(records)
     rows, remarks = [], []
     for here in ways(records).values():
-        first = here[0]
+        found = next(
+            (r for r in here if r in asked and [p.ends for p in ranges(r)] == [p.ends for p in places]), None
+        )
         numbers: list[Value] = []
-        for name in ("logit_kl_by_position", "attention_error_by_position"):
-            found = [r.metrics[name] for r in here if len(r.metrics.get(name, ())) == len(ends)]
-            numbers += [
-                Spread.of([each[i] for each in found]).mean if found else None for i in range(len(ends))
-            ]
-        rows.append((*_labels(first, names), *numbers))
+        for index in range(len(places)):
+            place = None if found is None else ranges(found)[index]
+            interval = place and place.interval
+            numbers += [place and place.kl, interval and interval.low, interval and interval.high]
+        errors = () if found is None else found.metrics.get("attention_error_by_position", ())
+        numbers += [errors[index] if len(errors) == len(places) else None for index in range(len(places))]
+        rows.append((*_labels(here[0], names), *numbers))
         remarks.append(_remark(here))
-    ranges = [f"{int(a)} to {int(b) - 1}" for a, b in zip(starts, ends, strict=True)]
-    columns = (
-        *(Column(name, "text" if name == "scheme" else "plain") for name in names),
-        *(Column(f"KL, tokens {text}", "error") for text in ranges),
-        *(Column(f"attention error, {text}", "error") for text in ranges),
+    columns = [*way_columns(names)]
+    for place in places:
+        columns += [Column(f"KL, {place}", "error"), Column("95 % from", "error"), Column("to", "error")]
+    columns += [Column(f"attention error, {place}", "error") for place in places]
+    note = (
+        f"KL in nats, its interval Student's t over blocks of tokens in {windows(asked[0]):,} windows; attention "
+        f"error: relative L2, mean over layers. What grows is told from the first range that starts at {LEAST} or "
+        "behind it."
     )
-    note = "KL in nats; attention error: relative L2, mean over layers."
     labels = tuple(described(here[0], names) for here in ways(records).values())
-    return Table(title, columns, tuple(rows), tuple(remarks), note, labels, len(names))
+    return Table(title, tuple(columns), tuple(rows), tuple(remarks), note, labels, len(names))

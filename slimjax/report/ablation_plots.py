@@ -9,7 +9,8 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 
 from slimjax.records import Record
-from slimjax.report.ablation import described, told, ways
+from slimjax.report.ablation import by_window
+from slimjax.report.ablation_front import collected, defaults, family
 from slimjax.report.front import Point, front
 from slimjax.report.plots import (
     INK,
@@ -21,34 +22,34 @@ from slimjax.report.plots import (
     place_legend,
     spread_labels,
 )
-from slimjax.report.samples import Spread, distinct, sample, select
+from slimjax.report.positions import ranges
+from slimjax.report.samples import distinct, select
 
 MODELS = 3  # panels side by side
 LINES = 8  # in a panel of KL by position
 
 
 def ablation_plots(records: Sequence[Record]) -> dict[str, tuple[str, Figure]]:
-    """`kl_bytes_STUDY` for each study and `kl_position`, those that have something to show."""
+    """`kl_bytes` of all, `kl_bytes_STUDY` for each study, `kl_position`, those that have something to show."""
     found = {}
-    for study in distinct(records, "study"):
+    caption = "KL to the exact model against cache size; dim caches are beaten in both by another."
+    studies = distinct(records, "study")
+    if len(studies) > 1 and (figure := pareto(defaults(records))):
+        found["kl_bytes"] = (f"All studies: {caption}", figure)
+    records = by_window(records)
+    for study in studies:
         here = select(records, study=study)
-        if figure := pareto(here):
-            caption = "KL to the exact model against cache size; dim caches are beaten in both by another."
+        if figure := pareto(defaults(here) if study == "pareto" else here):
             found[f"kl_bytes_{study}"] = (caption, figure)
     if figure := positions(select(records, study="context")):
-        found["kl_position"] = ("KL to the exact model along the sequence.", figure)
+        caption = "KL to the exact model along the sequence; bars are 95 % intervals over blocks of tokens."
+        found["kl_position"] = (caption, figure)
     return found
 
 
 def families(records: Sequence[Record]) -> list[str]:
     """What is told apart by colour: the codecs, of basis kv without it, of other bases with it; and SAS."""
     return list(dict.fromkeys(map(family, records)))
-
-
-def family(record: Record) -> str:
-    """`kivi`, `k:flashq`."""
-    basis, codec = record.cell.get("basis"), str(record.cell.get("codec"))
-    return codec if basis == "kv" else f"{basis}:{codec}"
 
 
 def look(names: Sequence[str], name: str) -> tuple[str, str]:
@@ -58,8 +59,10 @@ def look(names: Sequence[str], name: str) -> tuple[str, str]:
 
 
 def pareto(records: Sequence[Record]) -> Figure | None:
-    """A panel per model; caches on the front are filled, labelled and joined. None where nothing has both numbers."""
-    models = [model for model in distinct(records, "model") if _points(select(records, model=model))][:MODELS]
+    """A panel per model; caches on the front are filled, labelled and joined. None where all are of one size."""
+    models = [model for model in distinct(records, "model") if _sizes(select(records, model=model)) > 1][
+        :MODELS
+    ]
     if not models:
         return None
     names = families(records)
@@ -81,14 +84,12 @@ def pareto(records: Sequence[Record]) -> Figure | None:
 
 
 def _points(records: Sequence[Record]) -> list[Point]:
-    """Bytes, KL, what a label says, family; a log axis has no room for a KL of 0."""
-    found = []
-    for here in ways(records).values():
-        size, cost = sample(here, "bytes_per_token"), sample(here, "logit_kl")
-        if size is not None and cost is not None and cost.mean > 0:
-            name = described(here[0], told(records))
-            found.append((float(size.mean), Spread(cost.mean, cost.deviation, cost.n), name, family(here[0])))
-    return found
+    """Of all ways; a log axis has no room for a KL of 0."""
+    return [point for point in collected(records).points if point[1].mean > 0]
+
+
+def _sizes(records: Sequence[Record]) -> int:
+    return len({size for size, *_ in _points(records)})
 
 
 def _panel(axes: Axes, found: Sequence[Point], names: Sequence[str]) -> list[Annotation]:
@@ -113,7 +114,12 @@ def _panel(axes: Axes, found: Sequence[Point], names: Sequence[str]) -> list[Ann
     if steps:
         xs, ys = zip(*steps, strict=True)
         axes.plot(xs, ys, color="#808080", linewidth=1.2, linestyle=(0, (4, 2)), zorder=2)
-    return [label(axes, size, cost.mean, text, look(names, name)[0]) for size, cost, text, name in best]
+    alone = {
+        (size, cost.mean): (text, name) for size, cost, text, name in reversed(best)
+    }  # of equals the first
+    return [
+        label(axes, size, mean, text, look(names, name)[0]) for (size, mean), (text, name) in alone.items()
+    ]
 
 
 def positions(records: Sequence[Record]) -> Figure | None:
@@ -138,6 +144,10 @@ def positions(records: Sequence[Record]) -> Figure | None:
                 color=colour,
                 linewidth=1.6,
             )
+            for place in ranges(record):
+                if (interval := place.interval) and interval.low > 0:  # a log axis ends above 0
+                    ends = [interval.low, interval.high]
+                    axes.plot([place.last + 1] * 2, ends, color=colour, linewidth=1.0, alpha=0.6)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
