@@ -76,9 +76,9 @@ def compile_seconds() -> float:
 def _listened() -> list[float]:
     found: list[float] = []
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.endswith(("/jaxpr_to_mlir_module_duration", "/backend_compile_duration")):  # neither nests
-            found.append(seconds)
+            found.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return found
