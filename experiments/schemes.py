@@ -31,8 +31,8 @@ def scheme_cells(shared: Cell, model: ModelConfig, equivalence: EquivalenceConfi
     return tuple(
         {
             **shared,
-            **parts(parse_scheme(scheme)),
-            "compute": "float",
+            **(found := parts(parse_scheme(scheme))),
+            "compute": found["compute"] or "float",
             "backend": "reference",
             "heads": model.heads,
             "kv_heads": model.K,
