@@ -2,13 +2,16 @@
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any, NoReturn
 
 GO_ON = "the same command goes on from here"
+AGAIN = 0.05  # seconds until a signal that was dropped is sent again
 
 
 class Terminated(BaseException):
@@ -24,7 +27,8 @@ def terminable() -> Iterator[None]:
     """SIGTERM raises Terminated, wherever the program is, as Ctrl-C raises KeyboardInterrupt.
 
     Ctrl-C's signal counts even where it came ignored, as to a program that a script starts behind `&`: whoever
-    sends it there means it.
+    sends it there means it. Either counts where it arrives in a destructor or a callback of the garbage collector, out
+    of which Python lets no exception: it is sent again.
     """
     if threading.current_thread() is not threading.main_thread():  # elsewhere signals do not arrive
         yield
@@ -32,11 +36,33 @@ def terminable() -> Iterator[None]:
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, _terminate)}
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         previous[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
+    otherwise = sys.unraisablehook
+
+    def again(dropped: "sys.UnraisableHookArgs") -> None:
+        number = {KeyboardInterrupt: signal.SIGINT, Terminated: signal.SIGTERM}.get(dropped.exc_type)
+        if number is None:
+            otherwise(dropped)
+        else:
+            threading.Timer(AGAIN, os.kill, (os.getpid(), number)).start()
+
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = otherwise
         for name, handler in previous.items():
             signal.signal(name, handler or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def withheld(number: signal.Signals) -> Iterator[None]:
+    """A process that `multiprocessing` starts inside begins with the signal blocked, before it can ignore it."""
+    resource_tracker.ensure_running()  # if it had to be started inside, that would lift the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 from experiments.compilation import keep_compiled
 from experiments.directory import WORKERS, Refused, RunDirectory, source_hash
 from experiments.settings import Unit
-from experiments.stopping import Terminated
+from experiments.stopping import Terminated, withheld
 from experiments.sweep import Outcome, Sweep, cells, outcomes
 from slimjax.records import Status
 
@@ -40,6 +40,7 @@ OPENED, DONE = "opened", "done"  # what a worker says beside its outcomes; ("ref
 def work(pipe: Connection, module: str, config: Any, directory: RunDirectory) -> None:
     """The whole life of a worker: units in, outcomes out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # for what this process starts
     with (directory.path / WORKERS).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         _follow_parent()
@@ -87,7 +88,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, module, config, directory))
-        self.process.start()
+        with withheld(signal.SIGINT):  # while it starts, too: it cannot ignore Ctrl-C before it has begun
+            self.process.start()
         theirs.close()  # so that its death ends the pipe
         self.unit: Unit | None = None
         self.left: list[Any] = []

@@ -1,0 +1,72 @@
+"""Signals: none is lost in a destructor, and a process that is only starting does not take its parent's Ctrl-C."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from experiments import stopping
+
+
+class Dropped:
+    """Its destructor is where the signal arrives; what it raises there goes nowhere."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        os.kill(os.getpid(), self.number)
+        time.sleep(0.01)
+
+
+def interrupted(number):
+    """The exception of the destructor is dropped; the next lines are never reached."""
+    with stopping.terminable():
+        held = Dropped(number)
+        del held
+        time.sleep(10)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGTERM, stopping.Terminated), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_signal_that_arrives_in_a_destructor_still_stops_the_run(number, raised, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(raised):
+            interrupted(number)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_else_a_destructor_raises_is_told_as_before(monkeypatch):
+    class Broken:
+        def __del__(self):
+            raise ValueError("a mishap")
+
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(str(dropped.exc_value)))
+    with stopping.terminable():
+        held = Broken()
+        del held
+    assert told == ["a mishap"]
+
+
+def _tell(pipe):
+    pipe.send(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    pipe.close()
+
+
+def test_a_process_that_starts_does_not_get_ctrl_c():
+    mine, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_tell, args=(theirs,))
+    with stopping.withheld(signal.SIGINT):
+        process.start()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert mine.poll(60)
+    assert mine.recv() is True
+    process.join()
