@@ -8,7 +8,7 @@ from codec_checks import check_bytes, check_nan_shows, external_input, relative_
 
 from slimjax.cache import append, codec as codec_named, empty, read
 from slimjax.cache.codecs.base import measured_bytes
-from slimjax.cache.codecs.corrected import low_rank
+from slimjax.cache.codecs.corrected import low_rank, orthonormal
 from slimjax.cache.codecs.gear import gear_l
 from slimjax.cache.codecs.kivi import Kivi
 
@@ -179,3 +179,24 @@ def test_nan_shows(role):
 def test_refused(wrong, named):
     with pytest.raises(ValueError, match=named):
         gear_l(**wrong)
+
+
+def test_the_basis_is_orthonormal_and_spans_the_columns():
+    columns = np.random.default_rng(3).standard_normal((5, 2, 33, 4)).astype(np.float32)
+    columns[0, 0, :, 2] = 3 * columns[0, 0, :, 0] - columns[0, 0, :, 1]  # depends on those before it
+    columns[1, 1] *= 1e-12
+    columns[2, 0] = 0
+    found = np.asarray(orthonormal(jnp.asarray(columns)), np.float64)
+    gram = np.einsum("...sr,...st->...rt", found, found)
+    rank = np.full((5, 2, 4), 1.0)
+    rank[0, 0, 2] = rank[2, 0] = 0
+    np.testing.assert_allclose(gram, rank[..., None] * np.eye(4), atol=1e-6)
+    back = np.einsum("...sr,...tr,...tq->...sq", found, found, columns.astype(np.float64))
+    assert np.all(np.abs(back - columns) <= 1e-5 * np.abs(columns).max(axis=(-2, -1), keepdims=True))
+
+
+def test_no_program_of_it_calls_lapack():
+    codec = gear_l(bits=2, window=64)
+    rows = jax.ShapeDtypeStruct((1, 128, 2, 32), jnp.float32)
+    compiled = jax.jit(codec.encode).lower(rows).compile().as_text()
+    assert "custom_call_target" not in compiled

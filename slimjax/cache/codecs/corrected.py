@@ -39,23 +39,41 @@ def low_rank(
 ) -> tuple[Float[Array, "*batch S R"], Float[Array, "*batch H R"]]:
     """Power iteration: left, orthonormal, and right with left @ right^T close to the best of that rank.
 
-    ``loops`` times left = error @ right, right = error^T @ left, both orthonormalised in the last loop, from a
-    fixed random start. R is ``rank``, or less where S or H is less. Being a projection it never adds to the error.
+    ``loops`` times left = error @ right, right = error^T @ left, from a fixed random start. R is ``rank``, or less
+    where S or H is less. Being a projection it never adds to the error. Both are orthonormalised in every loop: that
+    leaves what they span as it is, which unlike GEAR's last loop alone does not lose the weaker directions in float32.
     """
     rank = min(rank, *error.shape[-2:])
-    # Divided by its peak: the loops raise the error to a power that would leave float32 otherwise.
+    # Divided by its peak: squares of very small or large errors would leave float32.
     peak = jnp.max(jnp.abs(error), axis=(-2, -1), keepdims=True)
     peak = jnp.where(peak == 0, jnp.ones_like(peak), peak)
     error = error / peak
     start = np.random.default_rng(0).standard_normal((error.shape[-1], rank))
     right = jnp.broadcast_to(jnp.asarray(start, error.dtype), (*error.shape[:-2], *start.shape))
     left = jnp.zeros((*error.shape[:-1], rank), error.dtype)
-    for loop in range(loops):
-        last = loop == loops - 1
-        left = einsum("...sh,...hr->...sr", error, jnp.linalg.qr(right)[0] if last else right)
-        left = jnp.linalg.qr(left)[0] if last else left
+    for _ in range(loops):
+        left = orthonormal(einsum("...sh,...hr->...sr", error, orthonormal(right)))
         right = einsum("...sh,...sr->...hr", error, left)
     return left, right * peak
+
+
+def orthonormal(columns: Float[Array, "*batch S R"]) -> Float[Array, "*batch S R"]:
+    """An orthonormal basis of what the columns span, by Gram and Schmidt, every column made orthogonal twice.
+
+    A column that depends on those before it, to 1 in 100,000 of its norm, becomes zero. Not ``jnp.linalg.qr``: LAPACK's
+    calls in a CPU program wait for the threads that they run on, and a program with many of them can wait for ever.
+    """
+    made: list[Array] = []
+    for index in range(columns.shape[-1]):
+        column = columns[..., index]
+        size = jnp.linalg.norm(column, axis=-1, keepdims=True)
+        for _ in range(2):
+            for other in made:
+                column = column - jnp.sum(other * column, axis=-1, keepdims=True) * other
+        left = jnp.linalg.norm(column, axis=-1, keepdims=True)
+        independent = left > 1e-5 * size
+        made.append(jnp.where(independent, column, 0.0) / jnp.where(independent, left, 1.0))
+    return jnp.stack(made, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
