@@ -56,7 +56,7 @@ FAST := --set "Compare.models = ()" --set "Compare.problems = 0" --set "Compare.
 SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 400" --set "Train.batch = 4" \
   --set "Train.length = 256"
 
-reproduce: $(STAMP)-run models ## the tables of the comparison, into results/ablation (goes on where it stopped)
+reproduce: $(STAMP)-gguf models ## the tables of the comparison, into results/ablation (goes on where it stopped)
 	$(RUN) $(ABLATION)/lm.gin --out $(LM)
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table; done
 	for table in $(TABLES); do \
@@ -127,7 +127,7 @@ $(STAMP)-run: $(STAMP)-venv $(PINS)
 	touch "$@"
 
 # The extras go on top of slimjax in the same environment.
-$(STAMP)-test $(STAMP)-lint $(STAMP)-parity: $(STAMP)-%: $(STAMP)-run
+$(STAMP)-gguf $(STAMP)-test $(STAMP)-lint $(STAMP)-parity: $(STAMP)-%: $(STAMP)-run
 	@echo "Installing the extra '$*' into $(VENV) ..."
 	$(INSTALL) '.[$*]'
 	touch "$@"
