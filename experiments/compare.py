@@ -211,7 +211,10 @@ def check(config: Compare) -> Mapping[str, str]:
 
 def units(config: Compare) -> list[Unit]:
     """A model each."""
-    return [Unit(subject.name, tuple(_cells(subject, config.grid)), subject) for subject in config.subjects]
+    return [
+        Unit(subject.name, tuple(_cells(subject, config.grid)), subject, divisible=True)
+        for subject in config.subjects
+    ]
 
 
 def _cells(subject: Subject, grid: CompareConfig) -> Iterator[Cell]:

@@ -224,11 +224,13 @@ class Unit:
         name: for the eye; unique in the run.
         cells: at least one.
         data: what `prepare` and `forecast` want to know of the unit: frozen and picklable, or None.
+        divisible: preparing costs so little beside the cells that under `--jobs` every process takes its share of them.
     """
 
     name: str
     cells: tuple[Cell, ...]
     data: Any = None
+    divisible: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,7 +154,7 @@ class Sweep:
     def missing(self, unit: Unit) -> Unit | None:
         """The unit with the cells that have no record yet; None where all have."""
         left = tuple(cell for cell in unit.cells if cell not in self.log)
-        return Unit(unit.name, left, unit.data) if left else None
+        return replace(unit, cells=left) if left else None
 
     def add(self, outcome: Outcome) -> None:
         """Record a cell; it is safe on the disk when this returns."""

@@ -15,7 +15,8 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -84,11 +85,13 @@ def _follow_parent() -> None:
 class Worker:
     """A process, and what it is at: `left[0]` is its cell, once `opened`."""
 
-    def __init__(self, module: str, config: Any, directory: RunDirectory):
+    def __init__(self, module: str, config: Any, directory: RunDirectory, place: tuple[int, int]):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, module, config, directory))
-        with withheld(signal.SIGINT):  # while it starts, too: it cannot ignore Ctrl-C before it has begun
+        self.place = place  # which of how many workers
+        # Ctrl-C is withheld while it starts, too: it cannot ignore one before it has begun.
+        with withheld(signal.SIGINT), _on_cores(*place):
             self.process.start()
         theirs.close()  # so that its death ends the pipe
         self.unit: Unit | None = None
@@ -101,12 +104,38 @@ class Worker:
             self.pipe.send(unit)
 
 
+@contextlib.contextmanager
+def _on_cores(place: int, of: int) -> Iterator[None]:
+    """What this thread starts has its share of the cores, where there is one for each.
+
+    Libraries start as many threads as they see cores; those of several processes on the same cores wait for each other.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if of > len(cores):
+        yield
+        return
+    os.sched_setaffinity(0, cores[place::of])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def shared_out(unit: Unit, jobs: int) -> list[Unit]:
+    """A divisible unit's cells dealt to so many workers, each of which prepares it; any other unit as it is."""
+    if not unit.divisible:
+        return [unit]
+    parts = (unit.cells[index::jobs] for index in range(jobs))
+    return [replace(unit, cells=part) for part in parts if part]
+
+
 class Crew:
     """The workers of a run and the units they have yet to take."""
 
     def __init__(self, sweep: Sweep, units: Sequence[Unit], jobs: int):
         self.sweep, self.jobs = sweep, jobs
-        self.waiting = deque(left for unit in units if (left := sweep.missing(unit)) is not None)
+        missing = (left for unit in units if (left := sweep.missing(unit)) is not None)
+        self.waiting = deque(part for unit in missing for part in shared_out(unit, jobs))
         self.workers: list[Worker] = []
         self.deaths: Counter[str] = Counter()  # unit -> while it was opened
 
@@ -130,7 +159,8 @@ class Crew:
                 worker = idle.pop()
             else:
                 module = self.sweep.experiment.__name__  # type: ignore[attr-defined]
-                worker = Worker(module, self.sweep.config, self.sweep.directory)
+                place = min(set(range(self.jobs)) - {worker.place[0] for worker in self.workers})
+                worker = Worker(module, self.sweep.config, self.sweep.directory, (place, self.jobs))
                 self.workers.append(worker)
             unit = self.waiting.popleft()
             print(f"{unit.name}: {cells(len(unit.cells))} to measure", flush=True)
@@ -172,7 +202,7 @@ class Crew:
         for cell in worker.left[:lost]:
             self.sweep.add(Outcome(cell, time.monotonic() - worker.since, status=status, reason=reason))
         if worker.left[lost:]:
-            self.waiting.appendleft(Unit(unit.name, tuple(worker.left[lost:]), unit.data))
+            self.waiting.appendleft(replace(unit, cells=tuple(worker.left[lost:])))
 
     def close(self) -> None:
         """Let go of workers that are done; tell those at work to stop, and wait until they have saved."""
