@@ -60,7 +60,7 @@ SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps =
 
 reproduce: $(STAMP)-gguf models ## the tables of the comparison, into results/ablation (goes on where it stopped)
 	$(RUN) $(ABLATION)/lm.gin --out $(LM)
-	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table --jobs $(JOBS); done
+	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table; done
 	for table in $(TABLES); do \
 	  trained="'$(LM)',"; \
 	  case " $(ASKED) " in *" $$table "*) [ ! -d $(REASONING)/models ] || trained="$$trained '$(REASONING)',";; esac; \
@@ -79,7 +79,7 @@ reasoning: $(STAMP)-run ## train the model that solves a task, whose answers `ma
 
 reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, shorter windows and fewer tokens
 	$(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
-	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table --jobs $(JOBS); done
+	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table; done
 	for table in $(TABLES); do \
 	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.prompt = 128" --set "Compare.tokens = 1024" \
 	    --out results/ablation-fast/$$table --jobs $(JOBS) $(ARGS); \
