@@ -44,7 +44,7 @@ class DecodeBenchConfig(BenchConfig):
     dtypes: tuple[ComputeDtype, ...] = ("float32",)  # compute dtypes
     batches: tuple[Count, ...] = (1,)
     contexts: tuple[Count, ...] = (1024,)  # cached tokens
-    implementations: tuple[str, ...] = ()  # of `slimjax.decode`; (): all there are
+    implementations: tuple[str, ...] = ()  # of `slimjax.decode`; (): those made for the backend in use
     copy_bytes: Annotated[int, Range(least=1, most=1 << 40)] = 1 << 28  # moved to see how fast memory is
     caches: Count = 4  # read in turns, so that the processor's own cache serves less
     models: tuple[str, ...] = ()

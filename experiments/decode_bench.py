@@ -22,7 +22,7 @@ from slimjax.attention.projections import Projections
 from slimjax.cache import Cache
 from slimjax.config import Config, ConfigError, ModelConfig
 from slimjax.generate import generate
-from slimjax.kernels.api import IMPLEMENTATIONS, decode
+from slimjax.kernels.api import IMPLEMENTATIONS, decode, native
 from slimjax.kernels.shapes import SHAPES, Shape
 from slimjax.models.decoder import DecoderLM, convert_model
 from slimjax.scheme import parse_scheme, suggest
@@ -73,11 +73,11 @@ class DecodeBench(Config):
 
 
 def resolve(build: Build) -> DecodeBench:
-    """The run from its sections; the implementations are those that this version of slimjax has."""
+    """The run from its sections; the implementations are those made for the backend in use."""
     bench = build("DecodeBench")
     return DecodeBench(
         bench=bench,
-        implementations=bench.implementations or tuple(IMPLEMENTATIONS),
+        implementations=bench.implementations or native(),
         models=tuple(Named(name=name, model=build("Model", name)) for name in bench.models),
     )
 

@@ -123,6 +123,14 @@ def unrotate(
     return rotate(x, -positions, position)
 
 
+def quarter_turn(x: Float[Array, "B T N H"], position: Position) -> Float[Array, "B T N H"]:
+    """J x: every pair turned by 90 degrees, (a, b) to (-b, a). A turn by an angle is cos x + sin J x."""
+    first, second = _pairs(x, position)
+    if position.interleaved:
+        return jnp.stack([-second, first], axis=-1).reshape(x.shape)
+    return jnp.concatenate([-second, first], axis=-1)
+
+
 def init_bias(position: Position, heads: int, key: Array) -> BiasParameters:
     """Trainable parameters of an additive bias, float32; None for schemes without any.
 

@@ -8,14 +8,26 @@ from slimjax.attention.bases import basis
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache, codec_of, empty
-from slimjax.kernels import reference
+from slimjax.kernels import pallas_tpu, reference
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import suggest
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"reference": reference.decode}
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": reference.decode,
+    "pallas_tpu": pallas_tpu.decode,
+}
 
 # What ``implementation=None`` tries, in this order, by jax backend.
-_ORDER: dict[str, tuple[str, ...]] = {"cpu": ("reference",), "gpu": ("reference",), "tpu": ("reference",)}
+_ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("reference",),
+    "gpu": ("reference",),
+    "tpu": ("pallas_tpu", "reference"),
+}
+
+
+def native() -> tuple[str, ...]:
+    """The implementations made for the backend in use, in the order in which ``decode`` tries them."""
+    return _ORDER.get(jax.default_backend(), ("reference",))
 
 
 @typed
@@ -35,7 +47,8 @@ def decode(
         cache: the layer's cache, the T tokens of the queries appended.
         weights: the layer's arrays that stand in for what the basis does not cache.
         spec: static; scheme, head layout, position scheme, compute dtype.
-        implementation: "reference"; None tries the ones for the running backend in order.
+        implementation: "reference" (any backend); "pallas_tpu" (elsewhere than on a TPU it is interpreted, which is
+            slow); None tries the ones for the running backend in order.
         start: [B], absolute position of each sequence's first query; None: the last T tokens of each,
             ``cache.length - T``.
 
@@ -62,7 +75,7 @@ def decode(
             )
         return IMPLEMENTATIONS[implementation](q, cache, weights, spec, first)
     reasons = []
-    for name in _ORDER.get(jax.default_backend(), ("reference",)):
+    for name in native():
         try:
             return IMPLEMENTATIONS[name](q, cache, weights, spec, first)
         except NotImplementedError as refusal:

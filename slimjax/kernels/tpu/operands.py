@@ -1,0 +1,162 @@
+"""From a cache and a layer's weights to what ``rows.attend_rows`` takes, or the reason why it cannot."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from slimjax.attention.bases import basis
+from slimjax.attention.compute import compute_text
+from slimjax.attention.positions import alibi_slopes, quarter_turn
+from slimjax.attention.projections import DecodeWeights
+from slimjax.axes import Lengths, Queries
+from slimjax.cache import Cache, codec_of
+from slimjax.cache.codecs.floats import FloatCodec
+from slimjax.cache.codecs.fp8 import Fp8Codec
+from slimjax.cache.codecs.integers import IntegerCodec
+from slimjax.kernels.spec import DecodeSpec
+from slimjax.kernels.tpu.online import Held, Rules
+from slimjax.kernels.tpu.rows import LANES, Angles, Operands
+
+HEADED, LATENT = ("kv", "k"), ("x", "e", "h")  # queries meet keys, or rows that stand for them
+
+
+def refusal(spec: DecodeSpec) -> str | None:
+    """Why the kernel cannot serve a spec, or None."""
+    scheme = spec.scheme
+    if scheme.basis not in (*HEADED, *LATENT):
+        return f"basis {scheme.basis} has no kernel; it has kv, k, x, e and h"
+    if scheme.basis != "kv" and scheme.option == 1:
+        return f"option 1 rebuilds rows, which takes more time than reading them; use {scheme.basis}2"
+    if (mode := compute_text(scheme)) != "float":
+        return f"compute mode {mode} has no kernel"
+    if scheme.softmax != "exact":
+        return f"softmax {scheme.softmax} has no kernel; it has exact"
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"compute dtype {spec.dtype} is none of a TPU's; use bfloat16 or float32"
+    if spec.position.kind not in ("none", "learned", "rope", "alibi"):
+        return f"position scheme {spec.position.kind!r} has no kernel"
+    codec = codec_of(scheme)
+    for name in basis(spec).streams(spec):
+        if reason := _codec_refusal(codec.stream(name), spec):
+            return reason
+    return None
+
+
+def _codec_refusal(codec: object, spec: DecodeSpec) -> str | None:
+    if isinstance(codec, FloatCodec) and codec.kind in ("bf16", "float32"):
+        return None
+    by_head = isinstance(codec, IntegerCodec) and codec.per_head
+    if isinstance(codec, Fp8Codec):
+        by_head = codec.scale == "head"
+        if not isinstance(codec.scale, str):
+            return "codec fp8 with a known scale has no kernel; use scale head, token or none"
+    elif not isinstance(codec, IntegerCodec):
+        return f"codec {spec.scheme.codec} has no kernel; it has bf16, float32, int16, int8 and fp8"
+    if by_head and spec.scheme.basis == "k":
+        return (
+            "keys that are weighed as whole rows need one scale for all heads; use int16, or fp8(scale=token)"
+        )
+    return None
+
+
+def operands(
+    q: Queries, cache: Cache, weights: DecodeWeights, spec: DecodeSpec, first: Lengths
+) -> tuple[Operands, Rules]:
+    """The arrays of a call and its rules. Raises NotImplementedError with the reason, see ``refusal``."""
+    if reason := refusal(spec):
+        raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
+    _, tokens, heads, _ = q.shape
+    positions = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec)
+    headed, turned = spec.scheme.basis in HEADED, None
+    scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+    if headed:
+        rows = _block_diagonal(ready, spec.kv_heads)
+        if spec.scheme.basis == "k" and spec.position.rotary:
+            turned = _rows(_block_diagonal(-quarter_turn(ready, spec.position), spec.kv_heads), spec)
+    elif ready.bias is not None and spec.softcap is not None:
+        raise NotImplementedError(f"scheme {spec.scheme}: a key bias under a softcap has no kernel")
+    else:  # a key bias that no softcap follows cancels
+        rows = ready.q
+    keys, *further = (_held(cache, name) for name in basis(spec).streams(spec))
+    rules = Rules(
+        heads=heads,
+        tokens=tokens,
+        kv_heads=spec.kv_heads,
+        keys_weigh=spec.scheme.basis != "kv",
+        scale=scale,
+        softcap=spec.softcap,
+        window=spec.window,
+        causal=spec.causal,
+    )
+    key_bias = None
+    if spec.scheme.basis == "k" and weights.k_bias is not None:
+        if keys.scale is not None:
+            raise NotImplementedError(f"scheme {spec.scheme}: a key bias beside scaled keys has no kernel")
+        key_bias = weights.k_bias.astype(jnp.float32).reshape(1, -1)
+    return Operands(
+        length=cache.length,
+        first=first,
+        q=_rows(rows, spec),
+        turned=turned,
+        keys=keys,
+        further=tuple(further),
+        angles=None,
+        key_bias=key_bias,
+        slopes=_slopes(spec, tokens),
+    ), rules
+
+
+def angles(spec: DecodeSpec, block: int, blocks: int) -> Angles:
+    """RoPE's tables for blocks of so many tokens, computed in float64."""
+    size, width = spec.head_dim, spec.key_width
+    period = math.lcm(size, LANES)
+    period = period if width % period == 0 else width
+    frequency = spec.position.theta ** (-np.arange(0, size, 2) / size)
+    pair = np.repeat(frequency, 2) if spec.position.interleaved else np.tile(frequency, 2)
+
+    def table(function: np.ufunc, places: np.ndarray, columns: int) -> Float[Array, "places columns"]:
+        wide = np.tile(pair, columns // size)
+        return jnp.asarray(function(places[:, None] * wide), jnp.float32)
+
+    within, starts = np.arange(block), np.arange(blocks) * block
+    return Angles(
+        cos=table(np.cos, within, period),
+        sin=table(np.sin, within, period),
+        start_cos=table(np.cos, starts, width)[:, None],
+        start_sin=table(np.sin, starts, width)[:, None],
+    )
+
+
+def _block_diagonal(q: Queries, kv_heads: int) -> Float[Array, "B T N E"]:
+    """Every head's query in its own columns of a key row, zero elsewhere."""
+    batch, tokens, heads, size = q.shape
+    own = jnp.eye(kv_heads, dtype=q.dtype).repeat(heads // kv_heads, axis=0)  # [N, K]
+    return (q[:, :, :, None] * own[None, None, :, :, None]).reshape(batch, tokens, heads, kv_heads * size)
+
+
+def _rows(q: Float[Array, "B T N W"], spec: DecodeSpec) -> Float[Array, "B M W"]:
+    """Query rows token by token, in the compute dtype, filled up to a multiple of 16."""
+    batch, tokens, heads, width = q.shape
+    flat = q.reshape(batch, tokens * heads, width).astype(spec.dtype)
+    return jnp.pad(flat, ((0, 0), (0, -tokens * heads % 16), (0, 0)))
+
+
+def _held(cache: Cache, name: str) -> Held:
+    """A stream's rows side by side, and its scales with tokens last."""
+    stored = cache.streams[name]
+    codes = stored if not hasattr(stored, "codes") else stored.codes
+    scale = getattr(stored, "scale", None)
+    return Held(
+        codes=codes.reshape(*codes.shape[:2], -1),
+        scale=None if scale is None else jnp.moveaxis(scale[..., 0], 1, 2),
+    )
+
+
+def _slopes(spec: DecodeSpec, tokens: int) -> Float[Array, "M 1"] | None:
+    if spec.position.kind != "alibi":
+        return None
+    rows = np.tile(alibi_slopes(spec.heads), tokens)
+    return jnp.asarray(np.pad(rows, (0, -len(rows) % 16)), jnp.float32)[:, None]

@@ -1,0 +1,294 @@
+"""Decode attention over whole cached rows on TPU: one pass, every row read once (kv: a key and a value row).
+
+For every query row m (a head of a query token) and cached row c of W numbers:
+
+    s[m] = (q[m] . c) scale_c * scale       p = softmax(s)       mixed[m] = sum p[m] (scale_c c, further rows)
+
+* Queries of heads are block-diagonal, zero outside of their head's columns, so that one product serves all heads:
+  slim attention's option 2 weighs whole rows anyway, and a matrix unit has more rows than a token has heads.
+* RoPE on rows cached unrotated: R(n0 + j) = R(n0) R(j), so one table of angles serves every block, and the queries are
+  turned back by the block's start n0. q . R(j) c = (q cos) . c + (q' sin) . c with q' the other of each pair: the
+  tables are multiplied into the rows, twice, and no number of a row changes its lane.
+* int16 codes are 256 * hi + lo with both in a byte: two bfloat16 products, each exact.
+
+Bytes per token: those of the rows and their scales. FLOPs per token: 4 M W (6 M W under RoPE), M = N T.
+Grid: (sequence, part, block); blocks past a sequence's length, or before its window, cost no copy.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from slimjax.axes import Lengths
+from slimjax.kernels.tiles import Memory, Tiles
+from slimjax.kernels.tpu.online import Held, Loaded, Rules, by_row, dot, load, visible, weigh
+from slimjax.numerics import MASK
+from slimjax.pytree import pytree
+
+LANES = 128
+
+
+@pytree
+class Angles:
+    """Cosines and sines: of the places within a block, repeated to whole lanes, and of the blocks' starts."""
+
+    cos: Float[Array, "block P"]
+    sin: Float[Array, "block P"]
+    start_cos: Float[Array, "blocks 1 W"]
+    start_sin: Float[Array, "blocks 1 W"]
+
+
+@pytree
+class Operands:
+    """Arrays of one call. M = T*N query rows, token by token, filled up to a multiple of 16.
+
+    Attributes:
+        length: tokens of each sequence.
+        first: position of each sequence's first query.
+        q: in the dtype of products.
+        turned: under RoPE, -J q, where J is a quarter turn of every pair.
+        keys: rows that the queries meet.
+        further: rows that are weighed: values, or what is weighed beside the keys themselves.
+        angles: under RoPE.
+        key_bias: what is added to the keys before they are turned.
+        slopes: ALiBi's, of every query row.
+    """
+
+    length: Lengths
+    first: Lengths
+    q: Float[Array, "B M W"]
+    turned: Float[Array, "B M W"] | None
+    keys: Held
+    further: tuple[Held, ...]
+    angles: Angles | None
+    key_bias: Float[Array, "1 W"] | None
+    slopes: Float[Array, "M 1"] | None
+
+
+def memory(operands: Operands, rules: Rules) -> Memory:
+    """Bytes of VMEM: inputs and outputs twice (one is copied while the other is used), sums once."""
+    rows = operands.q.shape[1]
+    held = (operands.keys, *operands.further)
+    widths = _widths(operands, rules)
+    fixed = 2 * 2 * operands.q[0].nbytes + 2 * rows * 4 * (_padded(sum(_answers(operands, rules))) + LANES)
+    fixed += rows * 4 * (sum(map(_padded, widths)) + 2 * LANES)
+    token = sum(2 * _padded(each.codes.shape[2]) * each.codes.dtype.itemsize for each in held)
+    token += 3 * 4 * rows  # scores, weights and a copy of either
+    # What the rows are cast to: the compiler does it piece by piece, but not always.
+    token += 4 * _padded(operands.keys.codes.shape[2])
+    return Memory(fixed=fixed, token=token)
+
+
+def attend_rows(
+    operands: Operands, rules: Rules, tiles: Tiles, *, interpret: Any = False
+) -> tuple[Float[Array, "P B M A"], Float[Array, "P B M"]]:
+    """Answers and log-sums of the parts of ``tiles.splits``, float32; a row that sees no key: 0 and ``MASK``.
+
+    A is what is weighed: the widths of the keys and the further rows, or H where every head keeps its own columns.
+    """
+    batch, rows, width = operands.q.shape
+    capacity, block = operands.keys.codes.shape[1], tiles.block
+    blocks = math.ceil(capacity / block)
+    most = blocks
+    if rules.window is not None:  # blocks that T windows, one behind the other, can touch
+        most = min(blocks, math.ceil((rules.window + rules.tokens) / block) + 1)
+    steps = math.ceil(most / tiles.splits)
+    place = functools.partial(_place, rules=rules, block=block, blocks=blocks, steps=steps)
+
+    def fixed(array: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda b, s, j, *_: (0,) * array.ndim)
+
+    def per_sequence(array: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *array.shape[1:]), lambda b, s, j, *_: (b, *(0,) * (array.ndim - 1)))
+
+    def held(each: Held) -> Held:
+        def at(b: Any, s: Any, j: Any, *facts: Any) -> Any:
+            return place(b, s, j, *facts)[1]
+
+        specs: Any = {"codes": pl.BlockSpec((None, block, each.codes.shape[2]), lambda *i: (i[0], at(*i), 0))}
+        if each.scale is not None:
+            specs["scale"] = pl.BlockSpec((None, each.scale.shape[1], block), lambda *i: (i[0], 0, at(*i)))
+        return Held(**specs)
+
+    inputs = {
+        "q": (operands.q, per_sequence),
+        "turned": (operands.turned, per_sequence),
+        "key_bias": (operands.key_bias, fixed),
+        "slopes": (operands.slopes, fixed),
+    }
+    given = {name: array for name, (array, _) in inputs.items() if array is not None}
+    specs: dict[str, Any] = {name: inputs[name][1](array) for name, array in given.items()}
+    arrays: dict[str, Any] = {**given, "held": (operands.keys, *operands.further)}
+    specs["held"] = tuple(held(each) for each in arrays["held"])
+    if operands.angles is not None:
+        arrays["angles"] = operands.angles
+        starts: Any = pl.BlockSpec((None, 1, width), lambda *i: (place(*i)[1], 0, 0))
+        within: Any = fixed(operands.angles.cos)
+        specs["angles"] = Angles(cos=within, sin=within, start_cos=starts, start_sin=starts)
+
+    answer = sum(_answers(operands, rules))
+
+    def part(last: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, rows, last), lambda b, s, j, *_: (s, b, 0, 0))
+
+    out, log_sums = pl.pallas_call(
+        functools.partial(_kernel, rules=rules, place=place, block=block, steps=steps),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(batch, tiles.splits, steps),
+            in_specs=[specs],
+            out_specs=[part(answer), part(LANES)],
+            scratch_shapes=[
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                [pltpu.VMEM((rows, w), jnp.float32) for w in _widths(operands, rules)],
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((tiles.splits, batch, rows, answer), jnp.float32),
+            jax.ShapeDtypeStruct((tiles.splits, batch, rows, LANES), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        interpret=interpret,
+        name="slimjax_rows",
+    )(operands.length, operands.first, arrays)
+    return out, log_sums[..., 0]
+
+
+def _padded(width: int) -> int:
+    return math.ceil(width / LANES) * LANES
+
+
+def _widths(operands: Operands, rules: Rules) -> list[int]:
+    """Of the sums."""
+    weighed = (operands.keys, *operands.further) if rules.keys_weigh else operands.further
+    return [each.codes.shape[2] for each in weighed]
+
+
+def _answers(operands: Operands, rules: Rules) -> list[int]:
+    """Of what is answered for every query row."""
+    widths = _widths(operands, rules)
+    return widths if rules.keys_weigh else [width // rules.kv_heads for width in widths]
+
+
+def _place(
+    b: Any, s: Any, j: Any, length: Any, first: Any, *, rules: Rules, block: int, blocks: int, steps: int
+) -> tuple[Any, Any]:
+    """The block that a grid step stands for, and the one that it copies: past the last, that one again."""
+    begin = jnp.int32(0)
+    if rules.window is not None:
+        begin = jnp.maximum(first[b] - (rules.window - 1), 0) // block
+    at = begin + s * steps + j
+    last = jnp.clip((length[b] + block - 1) // block - 1, 0, blocks - 1)
+    return at, jnp.minimum(at, last)
+
+
+def _kernel(
+    # prefetched: [B] each
+    length: Any,
+    first: Any,
+    # inputs: by name, each its block
+    inputs: dict[str, Any],
+    # outputs: [M, A], [M, 128]
+    out: Any,
+    log_sums: Any,
+    # scratch: running maximum and sum, [M, 128] each with one number a row, and weighed rows, [M, W] each
+    peak: Any,
+    total: Any,
+    sums: list[Any],
+    # static
+    *,
+    rules: Rules,
+    place: Any,
+    block: int,
+    steps: int,
+) -> None:
+    b, s, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    at, copied = place(b, s, j, length, first)
+    left = length[b] - at * block  # tokens from this block's start on
+
+    @pl.when(j == 0)
+    def init() -> None:
+        peak[...] = jnp.full_like(peak, MASK)
+        total[...] = jnp.zeros_like(total)
+        for each in sums:
+            each[...] = jnp.zeros_like(each)
+
+    for ragged in (False, True):
+
+        @pl.when((at == copied) & ((left > 0) & (left < block) if ragged else left >= block))
+        def step(ragged: bool = ragged) -> None:
+            held = [load(each, left if ragged else None, inputs["q"].dtype) for each in inputs["held"]]
+            raw = _scores(inputs, held[0], at * block - first[b], rules)
+            seen = visible(raw.shape, at * block, length[b], first[b], rules)
+            weigh(raw, seen, held if rules.keys_weigh else held[1:], (peak, total, sums), rules)
+
+    @pl.when(j == steps - 1)
+    def finish() -> None:
+        sees = total[...] > 0
+        log_sums[...] = jnp.where(sees, peak[...] + jnp.log(jnp.where(sees, total[...], 1.0)), MASK)
+        whole = jnp.where(sees, total[...], 1.0)[:, :1]
+        _answer(out, [each[...] / whole for each in sums], rules)
+
+
+def _scores(inputs: dict[str, Any], keys: Loaded, ahead: Any, rules: Rules) -> Array:
+    """q . key of every query row and token, [M, block], with its bias. ``ahead``: of the block, of the first query."""
+    q = inputs["q"][...]
+    if "angles" in inputs:
+        raw = _turned_scores(q, inputs, keys)
+    elif "key_bias" in inputs:
+        raw = dot(q, (keys.rows + inputs["key_bias"][...]).astype(q.dtype), 1)
+    else:
+        raw = keys.total(lambda part: dot(q, part, 1))
+    if keys.scale is not None:
+        raw = raw * by_row(keys.scale, q.shape[0], rules)
+    raw = raw * rules.scale
+    if rules.softcap is not None:
+        raw = rules.softcap * jnp.tanh(raw / rules.softcap)
+    if "slopes" in inputs:
+        row, token = (jax.lax.broadcasted_iota(jnp.int32, raw.shape, axis) for axis in (0, 1))
+        behind = jnp.abs(row // rules.heads - token - ahead)
+        raw = raw - inputs["slopes"][...] * behind.astype(jnp.float32)
+    return raw
+
+
+def _turned_scores(q: Array, inputs: dict[str, Any], keys: Loaded) -> Array:
+    """Under RoPE: the rows' places within the block turn the rows, its start turns the queries back."""
+    angles, rows = inputs["angles"], keys.rows
+    if "key_bias" in inputs:
+        rows = rows + inputs["key_bias"][...]
+    first, other = q.astype(jnp.float32), inputs["turned"][...].astype(jnp.float32)
+    cos, sin = angles.start_cos[...], angles.start_sin[...]
+    straight, across = first * cos + other * sin, other * cos - first * sin
+    repeats = rows.shape[1] // angles.cos.shape[1]
+
+    def met(query: Array, table: Any) -> Array:
+        wide = jnp.concatenate([table[...]] * repeats, axis=1)
+        return dot(query.astype(q.dtype), (rows * wide).astype(q.dtype), 1)
+
+    return met(straight, angles.cos) + met(across, angles.sin)
+
+
+def _answer(out: Any, mixed: list[Array], rules: Rules) -> None:
+    """Write what was weighed side by side, or of values every head's own columns."""
+    if rules.keys_weigh:
+        start = 0
+        for each in mixed:
+            out[:, start : start + each.shape[1]] = each
+            start += each.shape[1]
+        return
+    (values,) = mixed
+    size = values.shape[1] // rules.kv_heads
+    row = jax.lax.broadcasted_iota(jnp.int32, (values.shape[0], 1), 0)
+    head = (row % rules.heads) // (rules.heads // rules.kv_heads)
+    parts = (
+        jnp.where(head == index, values[:, index * size : (index + 1) * size], 0.0)
+        for index in range(rules.kv_heads)
+    )
+    out[...] = functools.reduce(jnp.add, parts)

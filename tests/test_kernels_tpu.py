@@ -1,0 +1,308 @@
+"""The TPU kernels, interpreted: against the oracle, what must not be read poisoned, and races looked for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import suites
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import oracle
+from slimjax import DecodeSpec, DecodeWeights, Position, decode, parse_scheme
+from slimjax.attention.bases import basis
+from slimjax.cache import append, codec_of, empty, read
+from slimjax.kernels import pallas_tpu, reference
+from slimjax.kernels.shapes import SHAPES
+from slimjax.kernels.tiles import Memory, Tiles, choose
+from slimjax.numerics import relative_l2
+
+BLOCK, CAPACITY = 32, 72
+LENGTHS = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CAPACITY)  # one ragged batch
+# Of the output's size, against exact arithmetic on the same codes. float32: sums of up to CAPACITY products twice
+# over. bfloat16: queries and weights are rounded to 2^-9, under RoPE keys, too; scores are a few units.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
+
+TINY = (4, 4, 16, 64)  # N, K, H, D
+GQA = (4, 2, 16, 64)
+ODD = (3, 3, 24, 72)
+HOSTILE = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    scheme: str
+    layout: tuple[int, int, int, int] = TINY
+    position: str = "none"
+    dtype: str = "bfloat16"
+    tokens: int = 1
+    options: tuple[tuple[str, object], ...] = ()
+    k_bias: bool = False
+    splits: int = 1
+    lengths: tuple[int, ...] = LENGTHS
+
+    def __str__(self):
+        more = [f"{name}={value}" for name, value in self.options]
+        return "-".join(
+            [self.scheme, self.position, self.dtype, f"T{self.tokens}", *more, f"{self.layout[2]}"]
+        )
+
+
+def windowed(size):
+    return (("window", size),)
+
+
+CASES = [
+    Case("kv:bf16", dtype="float32"),
+    Case("kv:float32", GQA, dtype="float32", tokens=3),
+    Case("kv:bf16", ODD, "rope", splits=2),
+    Case("kv:bf16", GQA, "alibi", dtype="float32", tokens=8),
+    Case("kv:bf16", GQA, "rope", "float32", 2, (*windowed(17), ("softcap", 5.0))),
+    Case("kv:bf16", GQA, "none", "float32", 1, windowed(40), splits=2),
+    Case("kv:int8", GQA, dtype="float32", tokens=2),
+    Case("kv:int16", GQA),
+    Case("kv:fp8", GQA, dtype="float32"),
+    Case("kv:fp8(scale=none)", GQA),
+    Case("k2:bf16", dtype="float32"),
+    Case("k2:bf16", ODD, tokens=2),
+    Case("k2:int16", dtype="float32", splits=3),
+    Case("k2:int16+8", dtype="float32", tokens=2),
+    Case("k2:int16+8"),
+    Case("k2:bf16", TINY, "rope", "float32", k_bias=True),
+    Case("k2:bf16", TINY, "interleaved", "float32", 4),
+    Case("k2:int16+8", TINY, "rope"),
+    Case("k2:int16+8", ODD, "rope", "float32", 2, windowed(20), splits=2),
+    Case("k2:bf16", TINY, "none", "float32", 1, (("softcap", 3.0),), k_bias=True),
+    Case("x2:bf16", GQA, "alibi", "float32", 2),
+    Case("x2:int16", GQA, dtype="float32"),
+    Case("x2:bf16", GQA),
+    Case("e2:bf16", GQA, "none", "float32", 3, (("causal", False),)),
+    Case("e2:bf16", TINY, "none", "bfloat16", 1, (("causal", False),)),
+]
+SHORT = (5, 40)
+REAL = [
+    Case(scheme, (s.heads, s.kv_heads, s.head_dim, s.width), s.position, "bfloat16", lengths=SHORT)
+    for name, schemes in (
+        ("llama-2-7b", ("kv:bf16", "k2:bf16", "k2:int16+16")),
+        ("phi-3-mini", ("k2:int16+16",)),
+        ("smollm2-1.7b", ("k2:int16+16",)),
+        ("whisper-large-self", ("k2:int16",)),
+    )
+    for scheme in schemes
+    for s in (SHAPES[name],)
+]
+CROSS = SHAPES["t5-11b-cross"]
+REAL.append(
+    Case(
+        "e2:bf16",
+        (CROSS.heads, CROSS.kv_heads, CROSS.head_dim, CROSS.width),
+        options=(("causal", False),),
+        lengths=SHORT,
+    )
+)
+
+
+def made(case, seed=0):
+    """Queries, a full cache, weights, spec and starts; rows, maps and queries are of size about 1."""
+    heads, kv_heads, size, width = case.layout
+    kind = {"interleaved": "rope"}.get(case.position, case.position)
+    position = Position(kind=kind, theta=1000.0, interleaved=case.position == "interleaved")
+    spec = DecodeSpec(
+        scheme=parse_scheme(case.scheme),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=size,
+        width=width,
+        position=position,
+        dtype=case.dtype,
+        **dict(case.options),
+    )
+    draw = np.random.default_rng(seed)
+
+    def array(*shape, scale=1.0):
+        return jnp.asarray(scale * draw.standard_normal(shape), jnp.float32)
+
+    method, codec, batch = basis(spec), codec_of(spec.scheme), len(case.lengths)
+    streams = method.streams(spec)
+    cache = empty(streams, codec, batch=batch, capacity=CAPACITY)
+    cache = append(cache, {name: array(batch, CAPACITY, *row) for name, row in streams.items()}, codec)
+    cache = dataclasses.replace(cache, length=jnp.asarray(case.lengths, jnp.int32))
+    wide, kept = kv_heads * size, spec.scheme.extra
+    weights = DecodeWeights()
+    if spec.scheme.basis == "k":
+        weights = DecodeWeights(
+            w_kv=array(wide + kept, kv_heads, size, scale=wide**-0.5),
+            k_bias=array(kv_heads, size) if case.k_bias else None,
+        )
+    elif spec.scheme.basis != "kv":
+        weights = DecodeWeights(**{n: array(width, kv_heads, size, scale=width**-0.5) for n in ("wk", "wv")})
+    return array(batch, case.tokens, heads, size), cache, weights, spec
+
+
+def start_of(cache, spec, tokens):
+    """Of the newest tokens; cross-attention's queries have no place among the keys."""
+    return cache.length - tokens if spec.causal else jnp.zeros_like(cache.length)
+
+
+def poisoned(cache):
+    """Behind each sequence's tokens: NaN, or the integers that codes never are."""
+    past = jnp.arange(cache.capacity)[None] >= cache.length[:, None]
+
+    def spoil(leaf):
+        worst = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo(leaf.dtype).min
+        mask = past.reshape(*past.shape, *(1,) * (leaf.ndim - 2))
+        return jnp.where(mask, jnp.asarray(worst).astype(leaf.dtype), leaf)
+
+    return dataclasses.replace(cache, streams=jax.tree.map(spoil, cache.streams))
+
+
+def expected(q, cache, weights, spec, start):
+    """The oracle on the rows that the codes stand for, float64."""
+    rows = {
+        name: np.asarray(each, np.float64)
+        for name, each in read(cache, codec_of(spec.scheme), "float32").items()
+    }
+    tokens = q.shape[1]
+    mask = {
+        "start": np.asarray(start),
+        "length": np.asarray(cache.length),
+        "causal": spec.causal,
+        "window": spec.window,
+        "softcap": spec.softcap,
+    }
+    if spec.position.kind == "alibi":
+        steps = [np.asarray(start)[:, None] + np.arange(tokens)[None], np.arange(cache.capacity)]
+        mask["bias"] = np.stack(
+            [oracle.additive_bias(oracle.alibi(spec.heads), spec.heads, at, steps[1]) for at in steps[0]]
+        )
+    rope, q = suites.rope_of(spec), np.asarray(q, np.float64)
+    if rope:
+        q = np.stack(
+            [
+                oracle.rotate(each[None], np.asarray(start)[b] + np.arange(tokens), *rope)[0]
+                for b, each in enumerate(q)
+            ]
+        )
+    if spec.scheme.basis == "kv":
+        return oracle.attend(q, rows["k"], rows["v"], **mask)
+    if spec.scheme.basis == "k":
+        extra = rows["r"][:, :, 0] if "r" in rows else None
+        bias = None if weights.k_bias is None else np.asarray(weights.k_bias)
+        return oracle.k_basis(
+            q, rows["k"], np.asarray(weights.w_kv), option=2, rope=rope, key_bias=bias, extra=extra, **mask
+        )
+    (row,) = rows.values()
+    return oracle.x_basis(q, row[:, :, 0], np.asarray(weights.wk), np.asarray(weights.wv), option=2, **mask)
+
+
+@pytest.mark.parametrize("hostile", [False, True], ids=["plain", "hostile"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_are_the_oracle(case, hostile):
+    q, cache, weights, spec = made(case)
+    start = start_of(cache, spec, case.tokens)
+    tiles = Tiles(block=BLOCK, splits=case.splits)
+
+    def run():
+        mode = HOSTILE if hostile else True
+        return pallas_tpu.decode(q, poisoned(cache), weights, spec, start, tiles=tiles, interpret=mode)
+
+    found = np.asarray(run(), np.float64)
+    wanted = expected(q, cache, weights, spec, start)
+    assert relative_l2(found, wanted) < TOLERANCE[case.dtype]
+    assert not np.any(found[0])  # a sequence without tokens
+    if hostile:
+        assert not interpreter.races.races_found
+    else:
+        np.testing.assert_array_equal(found, np.asarray(run(), np.float64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", REAL, ids=str)
+def test_kernels_are_the_oracle_at_real_sizes(case):
+    q, cache, weights, spec = made(case)
+    start = start_of(cache, spec, case.tokens)
+    found = pallas_tpu.decode(
+        q, poisoned(cache), weights, spec, start, tiles=Tiles(block=BLOCK), interpret=True
+    )
+    wanted = expected(q, cache, weights, spec, start)
+    assert relative_l2(np.asarray(found, np.float64), wanted) < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("scheme", ["kv:bf16", "k2:int16", "x2:bf16"])
+def test_bfloat16_errs_no_more_than_twice_as_much_as_the_reference(scheme):
+    """And not much less than the tolerance above: one ten times as narrow would not hold."""
+    case = Case(scheme, position="rope" if scheme[0] == "k" else "none", lengths=(40, 64, CAPACITY))
+    q, cache, weights, spec = made(case)
+    start = start_of(cache, spec, 1)
+    wanted = expected(q, cache, weights, spec, start)
+    mine, other = (
+        relative_l2(np.asarray(each(q, cache, weights, spec, start), np.float64), wanted)
+        for each in (pallas_tpu.decode, reference.decode)
+    )
+    assert TOLERANCE["bfloat16"] / 10 < mine < 2 * other
+
+
+def test_the_public_call_takes_it_by_name_and_an_overfull_cache_is_nan():
+    q, cache, weights, spec = made(Case("k2:int16", position="rope", lengths=(9, CAPACITY + 1)))
+    out = np.asarray(decode(q, cache, weights, spec, implementation="pallas_tpu"), np.float32)
+    assert np.isfinite(out[0]).all()
+    assert np.isnan(out[1]).all()
+
+
+REFUSED = [
+    (Case("k1:bf16"), "option 1 rebuilds rows"),
+    (Case("kr:bf16", position="rope"), "basis kr has no kernel"),
+    (Case("v2:bf16"), "basis v has no kernel"),
+    (Case("kv:kivi4"), "codec kivi has no kernel"),
+    (Case("kv:fp16"), "codec fp16 has no kernel"),
+    (Case("kv:bf16@sas"), "softmax sas has no kernel"),
+    (Case("kv:flashq4"), "compute mode int8 has no kernel"),
+    (Case("kv:bf16", dtype="float16"), "float16 is none of a TPU's"),
+    (Case("kv:bf16", position="t5"), "position scheme 't5' has no kernel"),
+    (Case("k2:int8"), "one scale for all heads"),
+    (Case("kv:fp8(scale=0.1)"), "known scale"),
+]
+
+
+@pytest.mark.parametrize(("case", "reason"), REFUSED, ids=str)
+def test_what_it_does_not_serve_it_refuses_with_the_reason(case, reason):
+    q, cache, weights, spec = made(dataclasses.replace(case, lengths=(4,)))
+    with pytest.raises(NotImplementedError, match=reason):
+        decode(q, cache, weights, spec, implementation="pallas_tpu")
+
+
+def test_tiles_are_those_asked_for_or_as_much_as_fits():
+    memory = Memory(fixed=1000, token=100)
+    assert choose(4096, memory).block == 1024
+    assert choose(100, memory).block == 112  # whole sublanes
+    assert choose(4096, memory, budget=1000 + 100 * 300).block == 256
+    assert choose(4096, memory, tiles=Tiles(block=64, splits=2)) == Tiles(block=64, splits=2)
+    with pytest.raises(NotImplementedError, match="128 tokens take 13,800 bytes"):
+        choose(4096, memory, budget=2000)
+    with pytest.raises(NotImplementedError, match="more than 2,000"):
+        choose(4096, memory, tiles=Tiles(block=64), budget=2000)
+    for wrong in ({"block": 8}, {"block": 40}, {"block": 32, "splits": 0}):
+        with pytest.raises(ValueError, match=r"tile has|one part"):
+            Tiles(**wrong)
+
+
+def test_a_planted_race_is_seen():
+    """Two cores that write the same output: what the hostile interpreter is for."""
+
+    def kernel(x, out):
+        out[...] = x[...]
+
+    call = pl.pallas_call(
+        kernel,
+        grid=(2,),
+        in_specs=[pl.BlockSpec((8, 128), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+        out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        interpret=dataclasses.replace(HOSTILE, num_cores_or_threads=2),
+    )
+    call(jnp.ones((16, 128), jnp.float32)).block_until_ready()
+    assert interpreter.races.races_found
