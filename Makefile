@@ -6,7 +6,8 @@
 #   test            25  an estimate; 40 were measured beside other work
 #   test-parity      1    with 1 to install torch and transformers, once
 #   quickstart       4    (limit 5) after installation; .ci/run trains briefly: 2
-#   test-fast       17    on Python 3.12 with the newest jax, with 1 to install
+#   test-fast       19    on Python 3.12 with the newest jax, with 1 to install
+#   test-tpu         1    on Python 3.12, with 1 to install libtpu
 
 PYTHON ?= python3
 # More arguments for pytest or experiments.run: make test ARGS="-k rope"
@@ -29,7 +30,7 @@ SHELL := bash
 # Targets share one environment; pip must not run in it twice at once.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity models lint format clean python-ok
+.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity test-tpu tpu-matrix models lint format clean python-ok
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -89,13 +90,20 @@ reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, 
 	$(REPORT) $(TABLES:%=results/ablation-fast/%) results/ablation-fast/context --out results/ablation-fast/report
 
 test: $(STAMP)-test ## the test suite (some 25 min)
-	$(PYTEST) --ignore=tests/parity $(ARGS)
+	$(PYTEST) --ignore=tests/parity --ignore=tests/tpu $(ARGS)
 
 test-fast: $(STAMP)-test ## the test suite without the tests marked slow
-	$(PYTEST) --ignore=tests/parity -m 'not slow' $(ARGS)
+	$(PYTEST) --ignore=tests/parity --ignore=tests/tpu -m 'not slow' $(ARGS)
 
 test-parity: $(STAMP)-parity ## compare with torch and transformers (optional; installs them)
 	SLIMJAX_REQUIRE_PARITY=1 $(PYTEST) tests/parity $(ARGS)
+
+test-tpu: $(STAMP)-tpu ## compile the TPU kernels without a TPU (PYTHON=python3.12; installs 0.5 GB)
+	SLIMJAX_REQUIRE_TPU=1 $(PYTEST) tests/test_tpu_aot.py tests/tpu $(ARGS)
+
+tpu-matrix: $(STAMP)-tpu ## every kernel, shape and TPU generation, and their tables (PYTHON=python3.12)
+	"$(BIN)/python" -m experiments.tpu_matrix --cycles $(ARGS)
+	"$(BIN)/python" -m experiments.readme
 
 models: $(STAMP)-run ## fetch two real models, a text and five clips of speech into models/ (175 MB), for tests that skip without
 	"$(BIN)/python" -m experiments.models models
@@ -129,8 +137,8 @@ $(STAMP)-run: $(STAMP)-venv $(PINS)
 	touch "$@"
 
 # The extras go on top of slimjax in the same environment.
-$(STAMP)-gguf $(STAMP)-test $(STAMP)-lint $(STAMP)-parity: $(STAMP)-%: $(STAMP)-run
+$(STAMP)-gguf $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-tpu: $(STAMP)-%: $(STAMP)-run
 	@echo "Installing the extra '$*' into $(VENV) ..."
 	$(INSTALL) '.[$*]'
 	touch "$@"
-$(STAMP)-parity: $(STAMP)-test
+$(STAMP)-parity $(STAMP)-tpu: $(STAMP)-test

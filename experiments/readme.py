@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments import tpu_matrix
 from slimjax import records, report
 from slimjax.scheme import suggest
 
@@ -28,6 +29,9 @@ def render(text: str, folder: Path = ROOT / "experiments" / "records") -> str:
     """
 
     def fresh(match: re.Match[str]) -> str:
+        if match["source"] == tpu_matrix.RECORDS.stem:  # rows of another kind
+            path = folder / tpu_matrix.RECORDS.name
+            return f"{match[1]}{tpu_matrix.rendered(path, match['name'])}{match[5]}"
         found = records.read(folder / f"{match['source']}.jsonl")
         if not found:
             raise ValueError(f"{folder / match['source']}.jsonl: no records")

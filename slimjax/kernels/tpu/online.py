@@ -87,20 +87,31 @@ def dot(a: Array, b: Array, over: int) -> Array:
     )
 
 
+def query_token(row: Array, rules: Rules) -> Array:
+    """Which of the T query tokens a query row is of. Rows are never negative, so the quotient needs no sign."""
+    return jax.lax.div(row, jnp.full_like(row, rules.heads))
+
+
+def kv_head(row: Array, rules: Rules) -> Array:
+    """Which key/value head a query row reads."""
+    group = rules.heads // rules.kv_heads
+    return jax.lax.div(jax.lax.rem(row, jnp.full_like(row, rules.heads)), jnp.full_like(row, group))
+
+
 def by_row(scale: Array, rows: int, rules: Rules) -> Array:
     """Numbers of key/value heads as those of the query rows, [M, block]; one for all heads stays one."""
     if scale.shape[0] == 1:
         return scale
     row = jax.lax.broadcasted_iota(jnp.int32, (rows, scale.shape[0]), 0)
     head = jax.lax.broadcasted_iota(jnp.int32, (rows, scale.shape[0]), 1)
-    mine = (row % rules.heads) // (rules.heads // rules.kv_heads) == head
+    mine = kv_head(row, rules) == head
     return dot(mine.astype(jnp.float32), scale, 0)
 
 
 def visible(shape: tuple[int, ...], start: Any, length: Any, first: Any, rules: Rules) -> Array:
     """True where a query row may see a token, [M, block]."""
     token = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    query = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0) // rules.heads
+    query = first + query_token(jax.lax.broadcasted_iota(jnp.int32, shape, 0), rules)
     seen = token < length
     if rules.causal:
         seen = seen & (token <= query)

@@ -27,7 +27,18 @@ from jaxtyping import Array, Float
 
 from slimjax.axes import Lengths
 from slimjax.kernels.tiles import Memory, Tiles
-from slimjax.kernels.tpu.online import Held, Loaded, Rules, by_row, dot, load, visible, weigh
+from slimjax.kernels.tpu.online import (
+    Held,
+    Loaded,
+    Rules,
+    by_row,
+    dot,
+    kv_head,
+    load,
+    query_token,
+    visible,
+    weigh,
+)
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree
 
@@ -183,9 +194,9 @@ def _place(
     """The block that a grid step stands for, and the one that it copies: past the last, that one again."""
     begin = jnp.int32(0)
     if rules.window is not None:
-        begin = jnp.maximum(first[b] - (rules.window - 1), 0) // block
+        begin = jax.lax.div(jnp.maximum(first[b] - (rules.window - 1), 0), jnp.int32(block))
     at = begin + s * steps + j
-    last = jnp.clip((length[b] + block - 1) // block - 1, 0, blocks - 1)
+    last = jnp.clip(jax.lax.div(length[b] + (block - 1), jnp.int32(block)) - 1, 0, blocks - 1)
     return at, jnp.minimum(at, last)
 
 
@@ -253,7 +264,7 @@ def _scores(inputs: dict[str, Any], keys: Loaded, ahead: Any, rules: Rules) -> A
         raw = rules.softcap * jnp.tanh(raw / rules.softcap)
     if "slopes" in inputs:
         row, token = (jax.lax.broadcasted_iota(jnp.int32, raw.shape, axis) for axis in (0, 1))
-        behind = jnp.abs(row // rules.heads - token - ahead)
+        behind = jnp.abs(query_token(row, rules) - token - ahead)
         raw = raw - inputs["slopes"][...] * behind.astype(jnp.float32)
     return raw
 
@@ -286,7 +297,7 @@ def _answer(out: Any, mixed: list[Array], rules: Rules) -> None:
     (values,) = mixed
     size = values.shape[1] // rules.kv_heads
     row = jax.lax.broadcasted_iota(jnp.int32, (values.shape[0], 1), 0)
-    head = (row % rules.heads) // (rules.heads // rules.kv_heads)
+    head = kv_head(row, rules)
     parts = (
         jnp.where(head == index, values[:, index * size : (index + 1) * size], 0.0)
         for index in range(rules.kv_heads)
