@@ -2,15 +2,18 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree
+
+LANES = 128
 
 
 @pytree
@@ -42,12 +45,33 @@ class Rules:
     causal: bool
 
 
+COLUMNS = 512  # of a row that are worked on at a time: more of them would not stay in registers
+
+
+def over_columns(width: int, visit: Callable[[Any, Any], Any], state: Any, period: int = LANES) -> Any:
+    """``state = visit(columns, state)`` for parts of a row of about ``COLUMNS``, whole periods each.
+
+    A loop rather than one long program: that took libtpu minutes to schedule. Where periods do not divide the width,
+    all columns are one part.
+    """
+    if width % period:
+        return visit(pl.ds(0, width), state)
+    step = period * max(1, COLUMNS // period)
+    count, rest = divmod(width, step)
+    if count > 1:
+        state = jax.lax.fori_loop(
+            0, count, lambda i, held: visit(pl.ds(pl.multiple_of(i * step, LANES), step), held), state
+        )
+    elif count:
+        state = visit(pl.ds(0, step), state)
+    return visit(pl.ds(count * step, rest), state) if rest else state
+
+
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A block of rows as operands of products: the sum of ``factor * array``, times ``scale``."""
+    """Columns of a block of rows as operands of products: the sum of ``factor * array``."""
 
     parts: tuple[tuple[float, Array], ...]
-    scale: Array | None
 
     def total(self, of: Callable[[Array], Array]) -> Array:
         """The sum of something linear in the rows over the parts that they are given in."""
@@ -59,24 +83,38 @@ class Loaded:
         return self.total(lambda part: part.astype(jnp.float32))
 
 
-def load(each: Held, left: Any, dtype: Any) -> Loaded:
-    """A block in the dtype of products; of one that the sequence ends in, what lies behind ``left`` tokens is zero."""
-    codes, scale = each.codes[...], None if each.scale is None else each.scale[...].astype(jnp.float32)
-    if left is not None:  # anything may be there, NaN included, and 0 * NaN is NaN
-        inside = jax.lax.broadcasted_iota(jnp.int32, (codes.shape[0], 1), 0) < left
-        if jnp.issubdtype(codes.dtype, jnp.integer):
-            codes = jnp.where(inside, codes.astype(jnp.int32), 0)
-        else:
-            codes = jnp.where(inside, codes.astype(jnp.float32), 0.0)
-        if scale is not None:
-            tokens = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1)
-            scale = jnp.where(tokens < left, scale, 0.0)
-    if each.codes.dtype == jnp.int16 and dtype == jnp.bfloat16:
-        whole = codes.astype(jnp.int32)
-        high = (whole + 128) >> 8
-        split = ((256.0, high), (1.0, whole - 256 * high))
-        return Loaded(tuple((f, part.astype(jnp.float32).astype(dtype)) for f, part in split), scale)
-    return Loaded(((1.0, codes.astype(jnp.float32).astype(dtype)),), scale)
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Brings blocks into the dtype of products. What lies behind ``left`` tokens of a block is zero."""
+
+    dtype: Any
+    left: Any  # None: the block is full
+
+    def load(self, each: Held, columns: Any) -> Loaded:
+        """int16 codes under bfloat16 products as 256 high + low, with each in a byte, which bfloat16 holds exactly."""
+        codes = each.codes[:, columns]
+        if self.left is not None:  # anything may be there, NaN included, and 0 * NaN is NaN
+            wide = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
+            inside = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0) < self.left
+            codes = jnp.where(inside, codes.astype(wide), jnp.zeros(codes.shape, wide))
+        if each.codes.dtype == jnp.int16 and self.dtype == jnp.bfloat16:
+            whole = codes.astype(jnp.int32)
+            high = (whole + 128) >> 8
+            split = ((256.0, high), (1.0, whole - 256 * high))
+            return Loaded(tuple((f, part.astype(jnp.float32).astype(self.dtype)) for f, part in split))
+        if codes.dtype != self.dtype:
+            codes = codes.astype(jnp.float32).astype(self.dtype)
+        return Loaded(((1.0, codes),))
+
+    def scale(self, each: Held) -> Array | None:
+        """[K or 1, block], or None."""
+        if each.scale is None:
+            return None
+        scale = each.scale[...].astype(jnp.float32)
+        if self.left is None:
+            return scale
+        inside = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1) < self.left
+        return jnp.where(inside, scale, jnp.zeros_like(scale))
 
 
 def dot(a: Array, b: Array, over: int) -> Array:
@@ -121,7 +159,12 @@ def visible(shape: tuple[int, ...], start: Any, length: Any, first: Any, rules: 
 
 
 def weigh(
-    raw: Array, seen: Array, weighed: list[Loaded], state: tuple[Any, Any, list[Any]], rules: Rules
+    raw: Array,
+    seen: Array,
+    weighed: Sequence[Held],
+    reader: Reader,
+    state: tuple[Any, Any, list[Any]],
+    rules: Rules,
 ) -> None:
     """One step of the online softmax."""
     peak, total, sums = state
@@ -131,7 +174,17 @@ def weigh(
     shrunk = jnp.exp(before - now)
     peak[...] = jnp.broadcast_to(now, peak.shape)
     total[...] = total[...] * shrunk + jnp.sum(p, axis=1, keepdims=True)
-    for each, held in zip(sums, weighed, strict=True):
-        scaled = p if held.scale is None else p * by_row(held.scale, p.shape[0], rules)
-        mixed = held.total(lambda part, scaled=scaled: dot(scaled.astype(part.dtype), part, 0))
-        each[...] = each[...] * shrunk + mixed
+    for mixed, each in zip(sums, weighed, strict=True):
+        scale = reader.scale(each)
+        weights = (p if scale is None else p * by_row(scale, p.shape[0], rules)).astype(reader.dtype)
+        _add(mixed, each, weights, shrunk, reader)
+
+
+def _add(mixed: Any, each: Held, weights: Array, shrunk: Array, reader: Reader) -> None:
+    """mixed = mixed * shrunk + weights rows."""
+
+    def visit(columns: Any, state: None) -> None:
+        new = reader.load(each, columns).total(lambda part: dot(weights, part, 0))
+        mixed[:, columns] = mixed[:, columns] * shrunk + new
+
+    over_columns(mixed.shape[1], visit, None)

@@ -16,8 +16,8 @@ from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.cache.codecs.fp8 import Fp8Codec
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.kernels.tpu.online import Held, Rules
-from slimjax.kernels.tpu.rows import LANES, Angles, Operands
+from slimjax.kernels.tpu.online import LANES, Held, Rules
+from slimjax.kernels.tpu.rows import Angles, Operands
 
 HEADED, LATENT = ("kv", "k"), ("x", "e", "h")  # queries meet keys, or rows that stand for them
 

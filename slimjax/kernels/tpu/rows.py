@@ -28,21 +28,20 @@ from jaxtyping import Array, Float
 from slimjax.axes import Lengths
 from slimjax.kernels.tiles import Memory, Tiles
 from slimjax.kernels.tpu.online import (
+    LANES,
     Held,
-    Loaded,
+    Reader,
     Rules,
     by_row,
     dot,
     kv_head,
-    load,
+    over_columns,
     query_token,
     visible,
     weigh,
 )
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree
-
-LANES = 128
 
 
 @pytree
@@ -235,10 +234,11 @@ def _kernel(
 
         @pl.when((at == copied) & ((left > 0) & (left < block) if ragged else left >= block))
         def step(ragged: bool = ragged) -> None:
-            held = [load(each, left if ragged else None, inputs["q"].dtype) for each in inputs["held"]]
-            raw = _scores(inputs, held[0], at * block - first[b], rules)
+            reader = Reader(inputs["q"].dtype, left if ragged else None)
+            raw = _scores(inputs, reader, at * block - first[b], rules)
             seen = visible(raw.shape, at * block, length[b], first[b], rules)
-            weigh(raw, seen, held if rules.keys_weigh else held[1:], (peak, total, sums), rules)
+            weighed = inputs["held"] if rules.keys_weigh else inputs["held"][1:]
+            weigh(raw, seen, weighed, reader, (peak, total, sums), rules)
 
     @pl.when(j == steps - 1)
     def finish() -> None:
@@ -248,17 +248,19 @@ def _kernel(
         _answer(out, [each[...] / whole for each in sums], rules)
 
 
-def _scores(inputs: dict[str, Any], keys: Loaded, ahead: Any, rules: Rules) -> Array:
+def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) -> Array:
     """q . key of every query row and token, [M, block], with its bias. ``ahead``: of the block, of the first query."""
-    q = inputs["q"][...]
-    if "angles" in inputs:
-        raw = _turned_scores(q, inputs, keys)
-    elif "key_bias" in inputs:
-        raw = dot(q, (keys.rows + inputs["key_bias"][...]).astype(q.dtype), 1)
-    else:
-        raw = keys.total(lambda part: dot(q, part, 1))
-    if keys.scale is not None:
-        raw = raw * by_row(keys.scale, q.shape[0], rules)
+    keys, angles = inputs["held"][0], inputs.get("angles")
+    period = LANES if angles is None else angles.cos.shape[1]
+    shape = inputs["q"].shape[0], keys.codes.shape[0]
+    raw = over_columns(
+        keys.codes.shape[1],
+        lambda columns, sum_: sum_ + _part(inputs, reader, columns),
+        jnp.zeros(shape, jnp.float32),
+        period,
+    )
+    if (scale := reader.scale(keys)) is not None:
+        raw = raw * by_row(scale, raw.shape[0], rules)
     raw = raw * rules.scale
     if rules.softcap is not None:
         raw = rules.softcap * jnp.tanh(raw / rules.softcap)
@@ -269,21 +271,27 @@ def _scores(inputs: dict[str, Any], keys: Loaded, ahead: Any, rules: Rules) -> A
     return raw
 
 
-def _turned_scores(q: Array, inputs: dict[str, Any], keys: Loaded) -> Array:
-    """Under RoPE: the rows' places within the block turn the rows, its start turns the queries back."""
-    angles, rows = inputs["angles"], keys.rows
-    if "key_bias" in inputs:
-        rows = rows + inputs["key_bias"][...]
-    first, other = q.astype(jnp.float32), inputs["turned"][...].astype(jnp.float32)
-    cos, sin = angles.start_cos[...], angles.start_sin[...]
-    straight, across = first * cos + other * sin, other * cos - first * sin
-    repeats = rows.shape[1] // angles.cos.shape[1]
+def _part(inputs: dict[str, Any], reader: Reader, columns: Any) -> Array:
+    """What some columns add to the scores, [M, block].
+
+    Under RoPE the rows' places within the block turn the rows, and its start turns the queries back.
+    """
+    q, keys = inputs["q"][:, columns], reader.load(inputs["held"][0], columns)
+    bias = inputs["key_bias"][:, columns] if "key_bias" in inputs else None
+    if "angles" not in inputs and bias is None:
+        return keys.total(lambda part: dot(q, part, 1))
+    rows = keys.rows if bias is None else keys.rows + bias
+    if "angles" not in inputs:
+        return dot(q, rows.astype(q.dtype), 1)
+    angles = inputs["angles"]
+    first, other = q.astype(jnp.float32), inputs["turned"][:, columns].astype(jnp.float32)
+    cos, sin = angles.start_cos[:, columns], angles.start_sin[:, columns]
 
     def met(query: Array, table: Any) -> Array:
-        wide = jnp.concatenate([table[...]] * repeats, axis=1)
+        wide = jnp.concatenate([table[...]] * (rows.shape[1] // table.shape[1]), axis=1)
         return dot(query.astype(q.dtype), (rows * wide).astype(q.dtype), 1)
 
-    return met(straight, angles.cos) + met(across, angles.sin)
+    return met(first * cos + other * sin, angles.cos) + met(other * cos - first * sin, angles.sin)
 
 
 def _answer(out: Any, mixed: list[Array], rules: Rules) -> None:
