@@ -24,7 +24,7 @@ from experiments.directory import DISK, Refused
 from experiments.estimate import check_sane, cost, estimate, listing
 from experiments.launch import cells_of, checked_units, launch
 from experiments.settings import SECTIONS, Plan, RunConfig, load_experiment
-from experiments.stopping import GO_ON, Terminated, terminable
+from experiments.stopping import GO_ON, Terminated, hush_late_writes, terminable
 from slimjax.config import ConfigError, canonical_json
 from slimjax.scheme import suggest
 
@@ -328,4 +328,5 @@ def _start(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    hush_late_writes()
     sys.exit(main())

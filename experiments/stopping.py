@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from multiprocessing import resource_tracker
+from types import TracebackType
 from typing import Any, NoReturn
 
 GO_ON = "the same command goes on from here"
@@ -52,6 +53,22 @@ def terminable() -> Iterator[None]:
         sys.unraisablehook = otherwise
         for name, handler in previous.items():
             signal.signal(name, handler or signal.SIG_DFL)
+
+
+def hush_late_writes() -> None:
+    """For the rest of this process: what is left of a failed save says nothing more.
+
+    Orbax raises at the first array that does not fit the disk, and closes the event loop that the others would report
+    to. They do so from TensorStore's threads, one traceback each, behind the line that says what has happened.
+    """
+    shown, main = sys.excepthook, threading.main_thread()
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        late = kind is RuntimeError and str(error) == "Event loop is closed"
+        if not late or threading.current_thread() is main:
+            shown(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 from experiments.compilation import keep_compiled
 from experiments.directory import WORKERS, Refused, RunDirectory, source_hash
 from experiments.settings import Unit
-from experiments.stopping import Terminated, withheld
+from experiments.stopping import Terminated, hush_late_writes, withheld
 from experiments.sweep import Outcome, Sweep, cells, outcomes
 from slimjax.records import Status
 
@@ -45,6 +45,7 @@ def work(pipe: Connection, module: str, config: Any, directory: RunDirectory) ->
     with (directory.path / WORKERS).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
         _follow_parent()
+        hush_late_writes()
         if source_hash() != directory.source:
             pipe.send(
                 ("refused", "the source changed while the run was at work; the same command starts over")

@@ -57,7 +57,9 @@ class Place:
         """A process at work on `out`; limit: kB that a file may grow to."""
         environment = os.environ | {
             "XDG_CACHE_HOME": str(self.folder / "cache"),
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
+            # A limit is on the run's files: a program that compiles slowly beside other work is one more, which jax
+            # warns of if it cannot be written.
+            "JAX_ENABLE_COMPILATION_CACHE": "true" if limit is None else "false",
             "SLIMJAX_TYPECHECK": "0",
             "PYTHONDONTWRITEBYTECODE": "1",
         }

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +72,37 @@ def test_a_process_that_starts_does_not_get_ctrl_c():
     assert mine.poll(60)
     assert mine.recv() is True
     process.join()
+
+
+LATE = """
+import asyncio, sys, threading
+from experiments.stopping import hush_late_writes
+if sys.argv[1] == "hushed":
+    hush_late_writes()
+loop = asyncio.new_event_loop()
+loop.close()
+def report(call):
+    try:
+        call()
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)  # as C++ does for what Python raises in its threads
+def wrong():
+    raise RuntimeError("another")
+for call in (lambda: loop.call_soon_threadsafe(print), wrong):
+    thread = threading.Thread(target=report, args=(call,))
+    thread.start()
+    thread.join()
+report(lambda: loop.call_soon_threadsafe(print))
+"""
+
+
+@pytest.mark.parametrize("hushed", [True, False])
+def test_what_is_left_of_a_failed_save_says_nothing_more(hushed):
+    """Of other threads, and of a closed loop, alone."""
+    command = [sys.executable, "-c", LATE, "hushed" if hushed else "heard"]
+    found = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent
+    )
+    said = [line for line in found.stderr.splitlines() if line.startswith("RuntimeError")]
+    closed = "RuntimeError: Event loop is closed"
+    assert said == ([] if hushed else [closed]) + ["RuntimeError: another", closed]
