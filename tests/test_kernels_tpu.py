@@ -62,6 +62,8 @@ CASES = [
     Case("kv:bf16", GQA, "alibi", dtype="float32", tokens=8),
     Case("kv:bf16", GQA, "rope", "float32", 2, (*windowed(17), ("softcap", 5.0))),
     Case("kv:bf16", GQA, "none", "float32", 1, windowed(40), splits=2),
+    # A window that looks ahead of the query: to the end, whichever block that is in.
+    Case("kv:bf16", GQA, "none", "float32", 2, (*windowed(5), ("causal", False))),
     Case("kv:int8", GQA, dtype="float32", tokens=2),
     Case("kv:int16", GQA),
     Case("kv:fp8", GQA, dtype="float32"),

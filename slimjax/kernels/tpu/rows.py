@@ -106,7 +106,7 @@ def attend_rows(
     capacity, block = operands.keys.codes.shape[1], tiles.block
     blocks = math.ceil(capacity / block)
     most = blocks
-    if rules.window is not None:  # blocks that T windows, one behind the other, can touch
+    if rules.window is not None and rules.causal:  # blocks that T windows, one behind the other, can touch
         most = min(blocks, math.ceil((rules.window + rules.tokens) / block) + 1)
     steps = math.ceil(most / tiles.splits)
     place = functools.partial(_place, rules=rules, block=block, blocks=blocks, steps=steps)
