@@ -26,14 +26,12 @@ from slimjax.models.load import load_decoder
 from slimjax.models.load.llama import is_decoder, open_decoder
 from slimjax.models.load.text_tokens import tokenizer_of
 from slimjax.scheme import parse_scheme
-from slimjax.statistics import mcnemar, wilson
-from slimjax.tasks import Task, parse_task, problems, solved
+from slimjax.tasks import UNQUANTISED, Task, answered, parse_task, problems, solved
 from slimjax.tasks.task import row_length, rows
 from slimjax.windows import BATCH_TOKENS, Exact, overlapping, prepare as prepare_exact
 
 TITLE = "Caches side by side"
 DTYPE = "float32"  # of queries, weights and output, so that what differs is the cache's
-UNQUANTISED = "kv:float32"  # whose answers McNemar's test holds others against
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,23 +333,10 @@ def measuring(exact: Exact, subject: Subject, grid: CompareConfig) -> Measure:
         if task is None or asked is None:
             return found
         right = solved(exact.model, layers, task, asked)
-        return found | answers(right, unquantised())
+        samples = {"problems": int(right.size), "solved_samples": right.astype(int).tolist()}
+        return found | answered(right, unquantised()) | samples
 
     return measured
-
-
-def answers(right: np.ndarray, unquantised: np.ndarray) -> dict[str, Any]:
-    """Accuracy with its 95 % interval, and p against the unquantised cache's answers to the same problems."""
-    share = wilson(int(right.sum()), right.size)
-    return {
-        "accuracy": share.mean,
-        "accuracy_low": share.low,
-        "accuracy_high": share.high,
-        "accuracy_change": float(right.mean() - unquantised.mean()),
-        "p_value": mcnemar(right, unquantised).p,
-        "problems": int(right.size),
-        "solved_samples": right.astype(int).tolist(),
-    }
 
 
 def _choice(cell: Cell) -> Choice:

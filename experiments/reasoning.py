@@ -4,11 +4,13 @@ A problem is solved or not, and one wrong token of many is enough: what a cache 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from experiments import checks, schemes
 from experiments.directory import RunDirectory
@@ -17,7 +19,7 @@ from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from experiments.train import Variant, trained
 from slimjax.config import ASIDE, CheckpointConfig, Config, ConfigError, DataConfig, EquivalenceConfig
 from slimjax.models.decoder import convert_model, init_caches
-from slimjax.tasks import accuracy, parse_task, problems
+from slimjax.tasks import UNQUANTISED, answered, parse_task, problems, solved
 from slimjax.tasks.task import Task, row_length
 from slimjax.train import trained_model
 
@@ -120,12 +122,16 @@ def prepare(unit: Unit, config: Reasoning, directory: RunDirectory) -> Measure:
     model, task = trained_model(unit.data.model, state), config.task
     asked = problems(task, config.seed, config.problems, "test")
 
+    @functools.cache
+    def unquantised() -> np.ndarray:
+        return solved(model, convert_model(model, UNQUANTISED)[0], task, asked)
+
     def measure(cell: Cell) -> dict[str, Any]:
         layers, _ = convert_model(model, str(cell["scheme"]), config.dtype)
         caches = jax.eval_shape(lambda: init_caches(layers, 1, config.context))
         stored = sum(cache.bytes_per_token for cache in caches)
         return {
-            "accuracy": accuracy(model, layers, task, asked),
+            **answered(solved(model, layers, task, asked), unquantised()),
             "count": config.problems,
             "bytes_per_token": stored,
             "compression": sum(4 * layer.spec.key_width for layer in layers) / stored,

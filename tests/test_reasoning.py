@@ -17,7 +17,7 @@ from slimjax.models.decoder import DecoderLM, convert_model
 from slimjax.numerics import cross_entropy
 from slimjax.optimizer import numbers
 from slimjax.records import read
-from slimjax.tasks import LookupSum, accuracy, parse_task, problems, solved
+from slimjax.tasks import LookupSum, answered, parse_task, problems, solved
 from slimjax.tasks.task import row_length
 from slimjax.train import compiled_step, initial_state, train, trained_model
 
@@ -62,8 +62,8 @@ def test_every_scheme_is_a_record_and_the_model_can_be_loaded(config, tmp_path, 
     assert [record.status for record in records] == ["ok", "ok", "refused"]
     assert "RoPE" in records[2].reason
     for record in records[:2]:
-        assert record.metrics.keys() == {"accuracy", "count", "bytes_per_token", "compression"}
         assert record.metrics["count"] == 7
+        assert record.metrics["accuracy_low"] <= record.metrics["accuracy"] <= record.metrics["accuracy_high"]
         assert record.metrics["accuracy"] * 7 == pytest.approx(round(record.metrics["accuracy"] * 7))
     assert records[0].metrics["compression"] == 0.5
     # Of 4,096 tokens, 128 of them uncompressed; a row of 20 would have none that are compressed.
@@ -73,7 +73,10 @@ def test_every_scheme_is_a_record_and_the_model_can_be_loaded(config, tmp_path, 
     assert found.data.task == str(TASK)
     model, asked = pretrained.restore(found), problems(TASK, 0, 7)
     layers, _ = convert_model(model, "kv:kivi2/8")
-    assert accuracy(model, layers, TASK, asked) == records[1].metrics["accuracy"]
+    right, exact = (
+        solved(model, held, TASK, asked) for held in (layers, convert_model(model, "kv:float32")[0])
+    )
+    assert answered(right, exact).items() <= records[1].metrics.items()
     capsys.readouterr()
     assert small_runs.launched(config, out) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -124,6 +127,21 @@ def test_training_that_stops_and_goes_on_is_training_that_does_not(corpus):
     stopped = train(MODEL, TRAIN, corpus, until=2)
     resumed = train(MODEL, TRAIN, corpus, state=stopped)
     jax.tree.map(np.testing.assert_array_equal, straight.params, resumed.params)
+
+
+def test_answers_are_held_against_the_unquantised_problem_by_problem():
+    exact = np.repeat([True, False], [96, 4])
+    right = exact.copy()
+    right[:9] = False  # nine lost, two won: McNemar's p is 2 (1 + 11 + 55) / 2^11
+    right[-2:] = True
+    found = answered(right, exact)
+    assert found["accuracy"] == 0.89
+    assert found["accuracy_change"] == pytest.approx(-0.07)
+    assert found["p_value"] == pytest.approx(134 / 2048)
+    # Wilson: (0.89 + z^2/200 -+ z sqrt(0.89 * 0.11 / 100 + z^2/40000)) / (1 + z^2/100), z = 1.959964
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((0.813687, 0.937458), abs=1e-6)
+    with pytest.raises(ValueError, match="as many answers"):
+        answered(right, exact[1:])
 
 
 def test_answers_do_not_depend_on_how_problems_are_batched():

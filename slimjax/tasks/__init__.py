@@ -6,19 +6,20 @@ training, `solve` has a model answer its problems through given caches.
 
 from slimjax.tasks.corpus import TaskCorpus, task_corpus
 from slimjax.tasks.lookup import LookupSum
-from slimjax.tasks.solve import accuracy, solved
+from slimjax.tasks.solve import UNQUANTISED, answered, solved
 from slimjax.tasks.sort import Sort
 from slimjax.tasks.task import SPLITS, Problems, Split, Task, grade, parse_task, problems
 
 __all__ = [
     "SPLITS",
+    "UNQUANTISED",
     "LookupSum",
     "Problems",
     "Sort",
     "Split",
     "Task",
     "TaskCorpus",
-    "accuracy",
+    "answered",
     "grade",
     "parse_task",
     "problems",

@@ -1,4 +1,7 @@
-"""A model answers problems: greedy generation through the caches of given layers, then exact grading."""
+"""A model answers problems: greedy generation through the caches of given layers, then exact grading.
+
+Answers through a cache are held against those through the unquantised one, problem by problem.
+"""
 
 from collections.abc import Sequence
 
@@ -7,7 +10,10 @@ import numpy as np
 from slimjax.attention.layer import CachedAttention
 from slimjax.generate import generate
 from slimjax.models.decoder import DecoderLM
+from slimjax.statistics import mcnemar, wilson
 from slimjax.tasks.task import Problems, Task, grade
+
+UNQUANTISED = "kv:float32"  # the cache against whose answers others are tested
 
 
 def solved(
@@ -46,8 +52,24 @@ def solved(
     return grade(task, problems, worked)
 
 
-def accuracy(
-    model: DecoderLM, layers: Sequence[CachedAttention], task: Task, problems: Problems, *, batch: int = 125
-) -> float:
-    """The share of ``solved`` problems, in [0, 1]."""
-    return float(np.mean(solved(model, layers, task, problems, batch=batch)))
+def answered(right: np.ndarray, unquantised: np.ndarray) -> dict[str, float]:
+    """What answers are worth: their share with its interval, and a paired test against an unquantised cache's.
+
+    Args:
+        right, unquantised: bool [N], ``solved`` through this cache and through the unquantised one, problem by problem.
+
+    Returns:
+        Metrics by name: `accuracy` in [0, 1], the ends `accuracy_low` and `accuracy_high` of its 95 % interval
+        (Wilson's), `accuracy_change` against the unquantised cache and McNemar's exact two-sided `p_value`.
+
+    Raises:
+        ValueError: other lengths, or no problems.
+    """
+    share = wilson(int(right.sum()), right.size)
+    return {
+        "accuracy": share.mean,
+        "accuracy_low": share.low,
+        "accuracy_high": share.high,
+        "accuracy_change": float(right.mean() - unquantised.mean()),
+        "p_value": mcnemar(right, unquantised).p,
+    }
