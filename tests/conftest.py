@@ -29,6 +29,34 @@ hypothesis.settings.load_profile("slimjax")
 assert jax.config.jax_numpy_rank_promotion == "raise", "jax was imported before conftest set its switches"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--cases", type=int, metavar="N", help="of a test with many parameters run N cases only, evenly spread"
+    )
+
+
+@pytest.hookimpl(trylast=True)  # of those that -m and -k leave
+def pytest_collection_modifyitems(config, items):
+    """Every test function still runs: what a sample misses is what only some of its parameters show."""
+    most = config.getoption("--cases")
+    if most is None:
+        return
+    if most < 1:
+        raise pytest.UsageError(f"--cases {most}: expected at least 1")
+    tests = {}
+    for item in items:
+        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = {case for cases in tests.values() for case in sample(cases, most)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
+
+
+def sample(cases, most):
+    """``most`` of them, the first and (from two on) the last among them, the others evenly between; all if fewer."""
+    steps = min(most, len(cases))
+    return [cases[index * (len(cases) - 1) // max(1, steps - 1)] for index in range(steps)]
+
+
 @pytest.fixture
 def x64():
     """Float64 for one test: identities are proved in it, precision is measured without it."""
