@@ -118,7 +118,7 @@ def decode_against_oracle(
     if suites.rope_of(case.spec):
         q = oracle.rotate(q, steps[-queries:], *suites.rope_of(case.spec))
     stored = codec_of(case.spec.scheme)
-    rows = {name: oracle.f64(stored.decode(codes)) for name, codes in cache.streams.items()}
+    rows = {name: oracle.f64(stored.decode(held.codes())) for name, held in cache.streams.items()}
     bias = suites.oracle_bias(case, steps[-queries:], steps)
     options = {"bias": bias, "rope": suites.rope_of(case.spec), "option": case.spec.scheme.option}
     exact = {name: oracle.f64(array) for name, array in vars(layer.weights).items() if array is not None}

@@ -14,6 +14,7 @@ import oracle
 import slimjax
 from slimjax.attention.layer import attend_cached, init_cache, prefill
 from slimjax.cache import CODECS, append, codec, empty, read
+from slimjax.cache.layout import LaidOut
 from slimjax.solve import convert
 
 STORED = ("float32", "bf16", "fp16", "int16", "int8")
@@ -101,10 +102,12 @@ def test_append_leaves_its_argument_alone_and_writes_only_tokens():
     first = append(cache, {"k": jnp.asarray(rows((2, 3, 1, 2)))}, stored, jnp.asarray([3, 1], jnp.int32))
     np.testing.assert_array_equal(cache.length, [0, 0])
     np.testing.assert_array_equal(first.length, [3, 1])
-    np.testing.assert_array_equal(first.streams["k"][1, 1:], np.zeros((3, 1, 2)))  # padding was not written
+    np.testing.assert_array_equal(
+        first.streams["k"].codes()[1, 1:], np.zeros((3, 1, 2))
+    )  # padding was not written
     second = append(first, {"k": jnp.asarray(rows((2, 1, 1, 2), seed=1))}, stored)
-    np.testing.assert_array_equal(second.streams["k"][0, :3], first.streams["k"][0, :3])
-    np.testing.assert_array_equal(second.streams["k"][1, 1], rows((2, 1, 1, 2), seed=1)[1, 0])
+    np.testing.assert_array_equal(second.streams["k"].codes()[0, :3], first.streams["k"].codes()[0, :3])
+    np.testing.assert_array_equal(second.streams["k"].codes()[1, 1], rows((2, 1, 1, 2), seed=1)[1, 0])
 
 
 def test_overflow_is_loud():
@@ -163,7 +166,14 @@ def test_slots_past_the_length_are_never_read(variant, name):
         keep = jnp.asarray(used.reshape(*used.shape, *(1,) * (leaf.ndim - 2)))
         return jnp.where(keep, leaf, jnp.full_like(leaf, worst))
 
-    poisoned = dataclasses.replace(cache, streams=jax.tree.map(poison, cache.streams))
+    slots = jnp.broadcast_to(jnp.arange(cache.capacity), used.shape)
+    streams = {
+        stream: held.written(jax.tree.map(poison, held.codes()), slots)
+        if isinstance(held, LaidOut)
+        else jax.tree.map(poison, held)
+        for stream, held in cache.streams.items()
+    }
+    poisoned = dataclasses.replace(cache, streams=streams)
     q = jnp.asarray(rows((3, 2, 4, 6)))
     step = jax.jit(slimjax.decode, static_argnums=3)
     clean, again = (step(q, c, layer.weights, case.spec) for c in (cache, poisoned))

@@ -153,14 +153,18 @@ def start_of(cache, spec, tokens):
 
 def poisoned(cache):
     """Behind each sequence's tokens: NaN, or the integers that codes never are."""
-    past = jnp.arange(cache.capacity)[None] >= cache.length[:, None]
+    slots = jnp.broadcast_to(jnp.arange(cache.capacity), (cache.batch, cache.capacity))
+    past = slots >= cache.length[:, None]
 
     def spoil(leaf):
         worst = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo(leaf.dtype).min
         mask = past.reshape(*past.shape, *(1,) * (leaf.ndim - 2))
         return jnp.where(mask, jnp.asarray(worst).astype(leaf.dtype), leaf)
 
-    return dataclasses.replace(cache, streams=jax.tree.map(spoil, cache.streams))
+    streams = {
+        name: held.written(jax.tree.map(spoil, held.codes()), slots) for name, held in cache.streams.items()
+    }
+    return dataclasses.replace(cache, streams=streams)
 
 
 def expected(q, cache, weights, spec, start):

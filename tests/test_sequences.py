@@ -77,7 +77,7 @@ def meant(layer, cache):
         for name, stored in cache.streams.items():
             own = codec.stream(name)
             if not isinstance(own, TiledCodec):
-                found += [np.asarray(leaf)[sequence, :length] for leaf in jax.tree.leaves(stored)]
+                found += [np.asarray(leaf)[sequence, :length] for leaf in jax.tree.leaves(stored.codes())]
                 continue
             windows = int(flushed(own, jnp.asarray(length)))
             tiles = [

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from slimjax.axes import Lengths, typed
 from slimjax.cache.codecs import Codec
 from slimjax.cache.codecs.base import Role, TiledCodec
+from slimjax.cache.layout import empty_like
 from slimjax.cache.tiled import (
     Line,
     append_tiles,
@@ -46,8 +47,8 @@ class Cache:
     """Encoded rows of every stream of a basis, and how many tokens of each sequence they hold.
 
     Invariants: slots at and past ``length`` hold anything (NaN included) and are never read; a sequence whose
-    ``length`` exceeds the capacity C has lost tokens, and ``decode`` answers NaN for it. Every leaf of a
-    stream starts with the axes [B, C]; under a ``TiledCodec`` a stream is ``TiledRows``.
+    ``length`` exceeds the capacity C has lost tokens, and ``decode`` answers NaN for it. A stream is ``LaidOut``,
+    under a ``TiledCodec`` ``TiledRows``.
 
     Bytes: the sum over streams of ``codec.nbytes((B, C, heads, size))``, plus 4*B for the lengths, and under a
     ``TiledCodec`` the buffers.
@@ -95,7 +96,7 @@ def empty(streams: Streams, codec: Codec, *, batch: int, capacity: int) -> Cache
             return empty_tiles(own, row, role_of(name), batch=batch, slots=slots)
         rows = jax.ShapeDtypeStruct((batch, slots, *row), jnp.float32)
         shapes = jax.eval_shape(lambda rows: own.encode(rows, role_of(name)), rows)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return empty_like(shapes, few=name == "r")
 
     rows = {name: zeros(name, row) for name, row in streams.items()}
     return Cache(streams=rows, length=jnp.zeros((batch,), jnp.int32), capacity=slots)
@@ -155,11 +156,6 @@ def append(
     step = jnp.arange(tokens, dtype=jnp.int32)[None, :]
     # Padding goes to a slot that does not exist, where the scatter drops it.
     slots = jnp.where(step < new[:, None], cache.length[:, None] + step, cache.capacity)
-    sequence = jnp.arange(cache.batch, dtype=jnp.int32)[:, None]
-
-    def write(stored: Array, fresh: Array) -> Array:
-        return stored.at[sequence, slots].set(fresh, mode="drop", unique_indices=False)
-
     streams: dict[str, Any] = {}
     lines: dict[str, Line] = {}
     for name, fresh in rows.items():
@@ -169,7 +165,7 @@ def append(
                 held, fresh, own, role, cache.length, new, prompt=prompt
             )
         else:
-            streams[name] = jax.tree.map(write, held, own.encode(fresh, role))
+            streams[name] = held.written(own.encode(fresh, role), slots)
     first = jnp.zeros_like(cache.length)
     if isinstance(codec, TiledCodec):
         first = flushed(codec, cache.length) * codec.span
@@ -218,7 +214,7 @@ def read(
         if isinstance(own, TiledCodec):
             decoded = read_window(codes, own, cache.length, start, count)
         else:
-            decoded = own.decode(codes if size is None else _slots(codes, start, count))
+            decoded = own.decode(codes.codes(start, size))
         return _within(decoded.astype(dtype), valid)
 
     return {name: rows(name, codes) for name, codes in cache.streams.items()}
@@ -246,7 +242,7 @@ def read_both(
             rows = own.held(line.codes, line.scales).astype(dtype)
             held[name] = _within(rows, valid & (slots >= recent.first[:, None]))
         else:
-            old[name] = held[name] = _within(own.decode(_slots(codes, start, size)).astype(dtype), valid)
+            old[name] = held[name] = _within(own.decode(codes.codes(start, size)).astype(dtype), valid)
     return old, held
 
 
@@ -276,16 +272,3 @@ def in_tiles(codec: TiledCodec, positions: Int[Array, "B T"], slots: Int[Array, 
 
 def _within(rows: Float[Array, "B S K H"], valid: Bool[Array, "B S"]) -> Float[Array, "B S K H"]:
     return jnp.where(valid[:, :, None, None], rows, jnp.zeros_like(rows))
-
-
-def _slots(codes: Any, start: Int[Array, ""] | int, size: int) -> Any:
-    def part(leaf: Array) -> Array:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize >= 4:
-            return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=1)
-        # As integers of its width: XLA on CPU cannot slice narrow floats, and widens the whole cache first.
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        return jax.lax.bitcast_convert_type(
-            jax.lax.dynamic_slice_in_dim(bits, start, size, axis=1), leaf.dtype
-        )
-
-    return jax.tree.map(part, codes)

@@ -7,21 +7,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
 from slimjax.numerics import MASK
-from slimjax.pytree import pytree
+from slimjax.pytree import pytree, static
 
 LANES = 128
 
 
 @pytree
 class Held:
-    """Rows as cached, and what they are multiplied by: nothing, or a number per token and head (or token)."""
+    """Rows as cached, and what they are multiplied by: nothing, or a number per token and head (or token).
 
-    codes: Num[Array, "B C W"]
+    Attributes:
+        codes: [B, C, W], or [B, W, C] where tokens come last (``slimjax.cache.layout``).
+    """
+
+    codes: Num[Array, "B _ _"]
     scale: Float[Array, "B #K C"] | None = None
+    tokens_last: bool = static(default=False)
+
+    @property
+    def width(self) -> int:
+        """W."""
+        return self.codes.shape[-2 if self.tokens_last else -1]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,23 +57,10 @@ class Rules:
 COLUMNS = 512  # of a row that are worked on at a time: more of them would not stay in registers
 
 
-def over_columns(width: int, visit: Callable[[Any, Any], Any], state: Any, period: int = LANES) -> Any:
-    """``state = visit(columns, state)`` for parts of a row of about ``COLUMNS``, whole periods each.
-
-    A loop rather than one long program: that took libtpu minutes to schedule. Where periods do not divide the width,
-    all columns are one part.
-    """
-    if width % period:
-        return visit(pl.ds(0, width), state)
-    step = period * max(1, COLUMNS // period)
-    count, rest = divmod(width, step)
-    if count > 1:
-        state = jax.lax.fori_loop(
-            0, count, lambda i, held: visit(pl.ds(pl.multiple_of(i * step, LANES), step), held), state
-        )
-    elif count:
-        state = visit(pl.ds(0, step), state)
-    return visit(pl.ds(count * step, rest), state) if rest else state
+def columns_of(width: int, period: int = LANES) -> list[slice]:
+    """A row's columns in parts of about ``COLUMNS``, whole periods each; in one where periods do not divide them."""
+    step = width if width % period else period * max(1, COLUMNS // period)
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +86,13 @@ class Reader:
     dtype: Any
     left: Any  # None: the block is full
 
-    def load(self, each: Held, columns: Any) -> Loaded:
+    def load(self, each: Held, columns: slice) -> Loaded:
         """int16 codes under bfloat16 products as 256 high + low, with each in a byte, which bfloat16 holds exactly."""
-        codes = each.codes[:, columns]
+        codes = each.codes[columns, :] if each.tokens_last else each.codes[:, columns]
         if self.left is not None:  # anything may be there, NaN included, and 0 * NaN is NaN
             wide = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
-            inside = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 0) < self.left
+            tokens = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1 if each.tokens_last else 0)
+            inside = tokens < self.left
             codes = jnp.where(inside, codes.astype(wide), jnp.zeros(codes.shape, wide))
         if each.codes.dtype == jnp.int16 and self.dtype == jnp.bfloat16:
             whole = codes.astype(jnp.int32)
@@ -177,14 +174,8 @@ def weigh(
     for mixed, each in zip(sums, weighed, strict=True):
         scale = reader.scale(each)
         weights = (p if scale is None else p * by_row(scale, p.shape[0], rules)).astype(reader.dtype)
-        _add(mixed, each, weights, shrunk, reader)
-
-
-def _add(mixed: Any, each: Held, weights: Array, shrunk: Array, reader: Reader) -> None:
-    """mixed = mixed * shrunk + weights rows."""
-
-    def visit(columns: Any, state: None) -> None:
-        new = reader.load(each, columns).total(lambda part: dot(weights, part, 0))
-        mixed[:, columns] = mixed[:, columns] * shrunk + new
-
-    over_columns(mixed.shape[1], visit, None)
+        for columns in columns_of(mixed.shape[1]):
+            new = reader.load(each, columns).total(
+                lambda part, weights=weights, over=1 if each.tokens_last else 0: dot(weights, part, over)
+            )
+            mixed[:, columns] = mixed[:, columns] * shrunk + new

@@ -145,14 +145,10 @@ def _rows(q: Float[Array, "B T N W"], spec: DecodeSpec) -> Float[Array, "B M W"]
 
 
 def _held(cache: Cache, name: str) -> Held:
-    """A stream's rows side by side, and its scales with tokens last."""
+    """A stream's codes and scales as they lie: no array of the cache's size is made."""
     stored = cache.streams[name]
-    codes = stored if not hasattr(stored, "codes") else stored.codes
-    scale = getattr(stored, "scale", None)
-    return Held(
-        codes=codes.reshape(*codes.shape[:2], -1),
-        scale=None if scale is None else jnp.moveaxis(scale[..., 0], 1, 2),
-    )
+    codes, *scale = stored.leaves
+    return Held(codes=codes, scale=scale[0] if scale else None, tokens_last=stored.tokens_last[0])
 
 
 def _slopes(spec: DecodeSpec, tokens: int) -> Float[Array, "M 1"] | None:

@@ -33,9 +33,9 @@ from slimjax.kernels.tpu.online import (
     Reader,
     Rules,
     by_row,
+    columns_of,
     dot,
     kv_head,
-    over_columns,
     query_token,
     visible,
     weigh,
@@ -88,10 +88,10 @@ def memory(operands: Operands, rules: Rules) -> Memory:
     widths = _widths(operands, rules)
     fixed = 2 * 2 * operands.q[0].nbytes + 2 * rows * 4 * (_padded(sum(_answers(operands, rules))) + LANES)
     fixed += rows * 4 * (sum(map(_padded, widths)) + 2 * LANES)
-    token = sum(2 * _padded(each.codes.shape[2]) * each.codes.dtype.itemsize for each in held)
+    token = sum(2 * _padded(each.width) * each.codes.dtype.itemsize for each in held)
     token += 3 * 4 * rows  # scores, weights and a copy of either
     # What the rows are cast to: the compiler does it piece by piece, but not always.
-    token += 4 * _padded(operands.keys.codes.shape[2])
+    token += 4 * _padded(operands.keys.width)
     return Memory(fixed=fixed, token=token)
 
 
@@ -121,7 +121,10 @@ def attend_rows(
         def at(b: Any, s: Any, j: Any, *facts: Any) -> Any:
             return place(b, s, j, *facts)[1]
 
-        specs: Any = {"codes": pl.BlockSpec((None, block, each.codes.shape[2]), lambda *i: (i[0], at(*i), 0))}
+        rows = pl.BlockSpec((None, block, each.width), lambda *i: (i[0], at(*i), 0))
+        if each.tokens_last:
+            rows = pl.BlockSpec((None, each.width, block), lambda *i: (i[0], 0, at(*i)))
+        specs: Any = {"codes": rows, "tokens_last": each.tokens_last}
         if each.scale is not None:
             specs["scale"] = pl.BlockSpec((None, each.scale.shape[1], block), lambda *i: (i[0], 0, at(*i)))
         return Held(**specs)
@@ -178,7 +181,7 @@ def _padded(width: int) -> int:
 def _widths(operands: Operands, rules: Rules) -> list[int]:
     """Of the sums."""
     weighed = (operands.keys, *operands.further) if rules.keys_weigh else operands.further
-    return [each.codes.shape[2] for each in weighed]
+    return [each.width for each in weighed]
 
 
 def _answers(operands: Operands, rules: Rules) -> list[int]:
@@ -252,13 +255,8 @@ def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) ->
     """q . key of every query row and token, [M, block], with its bias. ``ahead``: of the block, of the first query."""
     keys, angles = inputs["held"][0], inputs.get("angles")
     period = LANES if angles is None else angles.cos.shape[1]
-    shape = inputs["q"].shape[0], keys.codes.shape[0]
-    raw = over_columns(
-        keys.codes.shape[1],
-        lambda columns, sum_: sum_ + _part(inputs, reader, columns),
-        jnp.zeros(shape, jnp.float32),
-        period,
-    )
+    parts = (_part(inputs, reader, columns) for columns in columns_of(keys.width, period))
+    raw = functools.reduce(jnp.add, parts)
     if (scale := reader.scale(keys)) is not None:
         raw = raw * by_row(scale, raw.shape[0], rules)
     raw = raw * rules.scale
@@ -271,7 +269,7 @@ def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) ->
     return raw
 
 
-def _part(inputs: dict[str, Any], reader: Reader, columns: Any) -> Array:
+def _part(inputs: dict[str, Any], reader: Reader, columns: slice) -> Array:
     """What some columns add to the scores, [M, block].
 
     Under RoPE the rows' places within the block turn the rows, and its start turns the queries back.

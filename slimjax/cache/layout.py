@@ -1,0 +1,80 @@
+"""How the codes of token-local codecs lie in a cache: a token's row in one piece, as kernels read it.
+
+A codec gives [B, T, K, W] arrays, which a TPU lays out in tiles of K by W. Rows of K*W numbers it lays out in tiles of
+tokens by numbers, and a kernel reads them as they lie. What has one number a head (scales), and extra coordinates,
+which are few, would fill 128 lanes with a handful of numbers: there tokens come last.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from slimjax.pytree import pytree, static
+
+LANES = 128
+
+
+@pytree
+class LaidOut:
+    """One stream's codes.
+
+    Attributes:
+        leaves: of the codec's pytree in its order, each [B, C, K*W], or [B, K*W, C] where tokens come last.
+        rows: K, W of each leaf.
+        tokens_last: of each leaf.
+        structure: the codec's pytree.
+    """
+
+    leaves: tuple[Array, ...]
+    rows: tuple[tuple[int, ...], ...] = static()
+    tokens_last: tuple[bool, ...] = static()
+    structure: Any = static()
+
+    def codes(self, start: Int[Array, ""] | int = 0, size: int | None = None) -> Any:
+        """The codec's pytree, [B, S, K, W] leaves, of all slots or of ``size`` from ``start`` on."""
+        parts = []
+        for leaf, row, last in zip(self.leaves, self.rows, self.tokens_last, strict=True):
+            part = leaf if size is None else _slots(leaf, start, size, axis=2 if last else 1)
+            part = jnp.swapaxes(part, 1, 2) if last else part
+            parts.append(part.reshape(*part.shape[:2], *row))
+        return jax.tree.unflatten(self.structure, parts)
+
+    def written(self, codes: Any, slots: Int[Array, "B T"]) -> "LaidOut":
+        """With new codes, [B, T, K, W] leaves, at these slots; a slot that does not exist is not written."""
+        sequence = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+
+        def write(leaf: Array, fresh: Array, last: bool) -> Array:
+            flat = fresh.reshape(*fresh.shape[:2], -1)
+            place = leaf.at[sequence, :, slots] if last else leaf.at[sequence, slots]
+            return place.set(flat, mode="drop", unique_indices=False)
+
+        fresh = jax.tree.leaves(codes)
+        return dataclasses.replace(self, leaves=tuple(map(write, self.leaves, fresh, self.tokens_last)))
+
+
+def empty_like(codes: Any, *, few: bool = False) -> LaidOut:
+    """Zeros for codes of these shapes, [B, C, K, W] leaves; ``few``: rows are a few numbers, extra coordinates."""
+    shapes, structure = jax.tree.flatten(codes)
+    rows = tuple(shape.shape[2:] for shape in shapes)
+    last = tuple(row[-1] == 1 or (few and math.prod(row) < LANES) for row in rows)
+
+    def zeros(shape: jax.ShapeDtypeStruct, row: tuple[int, ...], last: bool) -> Array:
+        flat = (math.prod(row), shape.shape[1]) if last else (shape.shape[1], math.prod(row))
+        return jnp.zeros((shape.shape[0], *flat), shape.dtype)
+
+    leaves = tuple(map(zeros, shapes, rows, last))
+    return LaidOut(leaves=leaves, rows=rows, tokens_last=last, structure=structure)
+
+
+def _slots(leaf: Array, start: Int[Array, ""] | int, size: int, axis: int) -> Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.dtype.itemsize >= 4:
+        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=axis)
+    # As integers of its width: XLA on CPU cannot slice narrow floats, and widens the whole cache first.
+    bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(
+        jax.lax.dynamic_slice_in_dim(bits, start, size, axis=axis), leaf.dtype
+    )
