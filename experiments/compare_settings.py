@@ -108,6 +108,7 @@ class SyntheticConfig(Config):
     tokens: Count = 1024  # of those
     # Besides by encode and decode alone: no buffer of newest tokens, products in floating point.
     alone: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()  # besides as a prompt, whose queries share tiles, in the arithmetic alone
     thresholds: tuple[Whole, ...] = ()  # of SAS; 0: no cut
     degrees: tuple[Count, ...] = (3,)  # of its polynomial
     contexts: tuple[Count, ...] = (1024,)  # keys of a query
@@ -117,9 +118,9 @@ class SyntheticConfig(Config):
     seeds: tuple[Whole, ...] = (0,)
 
     def validate(self) -> None:
-        _check(self, ("schemes", "alone", "thresholds"), least=0)
+        _check(self, ("schemes", "alone", "prompts", "thresholds"), least=0)
         _check(self, ("degrees", "contexts", "seeds"))
-        for name in ("schemes", "alone"):
+        for name in ("schemes", "alone", "prompts"):
             _check_schemes(name, getattr(self, name))
             for text in getattr(self, name):
                 if parse_scheme(text).basis != "kv":

@@ -16,7 +16,9 @@ from experiments import schemes
 from experiments.compare_settings import SyntheticConfig
 from experiments.directory import RunDirectory
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
+from slimjax.attention.compute import compute_of
 from slimjax.attention.projections import DecodeWeights
+from slimjax.attention.reference import geometry
 from slimjax.attention.sas import lost_mass, polynomial_error
 from slimjax.attention.softmax import softmax_of
 from slimjax.cache import Cache, append, codec_of, empty
@@ -27,7 +29,7 @@ from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import parse_scheme
 
 TITLE = "Attention on Gaussian numbers"
-CACHE, ALONE = "cache", "encode and decode"
+CACHE, ALONE, PROMPT = "cache", "encode and decode", "prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,8 @@ def resolve(build: Build) -> Synthetic:
 def units(config: Synthetic) -> list[Unit]:
     """The schemes, then SAS context by context."""
     grid = config.grid
-    cells = [*_scheme_cells(grid, grid.schemes, CACHE), *_scheme_cells(grid, grid.alone, ALONE)]
+    ways = ((grid.schemes, CACHE), (grid.alone, ALONE), (grid.prompts, PROMPT))
+    cells = [cell for texts, backend in ways for cell in _scheme_cells(grid, texts, backend)]
     found = [Unit("schemes", tuple(cells))] if cells else []
     if grid.thresholds:
         found += [Unit(f"SAS, {keys} keys", tuple(_sas_cells(grid, keys))) for keys in grid.contexts]
@@ -92,8 +95,10 @@ def prepare(unit: Unit, config: Synthetic, directory: RunDirectory) -> Measure:
     def measure(cell: Cell) -> dict[str, Any]:
         draw = np.random.default_rng(int(cell["seed"] or 0))
         if cell.get("scheme") is not None:
-            errors = scheme_errors if cell["backend"] == CACHE else codec_errors
-            return errors(str(cell["scheme"]), draw, config.grid.tokens, config.grid.head_dim)
+            errors = {CACHE: scheme_errors, ALONE: codec_errors, PROMPT: prompt_errors}
+            return errors[str(cell["backend"])](
+                str(cell["scheme"]), draw, config.grid.tokens, config.grid.head_dim
+            )
         return sas_errors(cell, draw, config.grid.queries)
 
     return measure
@@ -114,9 +119,8 @@ def scheme_errors(text: str, draw: np.random.Generator, tokens: int, size: int) 
 @functools.cache
 def _through(text: str, tokens: int, size: int) -> Callable[..., tuple[jax.Array, Cache]]:
     """Attention of q on k and v through a cache, which comes along; compiled once for all draws."""
-    scheme = parse_scheme(text)
-    spec = DecodeSpec(scheme=scheme, heads=1, kv_heads=1, head_dim=size, width=size, causal=False)
-    codec = codec_of(scheme)
+    spec = _head(text, size)
+    codec = codec_of(spec.scheme)
 
     @jax.jit
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
@@ -150,6 +154,35 @@ def _alone(text: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
         return codec.decode(codec.encode(k, "k")), codec.decode(codec.encode(v, "v"))
 
     return run
+
+
+def prompt_errors(text: str, draw: np.random.Generator, tokens: int, size: int) -> dict[str, float]:
+    """As ``scheme_errors``, but in the scheme's arithmetic alone, and of a prompt: nothing is cached, and queries come
+    in tiles. In a cache every query is a tile of its own, and P has a scale for each, not for a tile of 64.
+    """
+    q, k, v = _drawn(draw, tokens, size)
+    found = _prompted(text, tokens, size)(*(jnp.asarray(each, jnp.float32) for each in (q, k, v)))
+    return _single(np.asarray(found), _attended(q, k, v))
+
+
+@functools.cache
+def _prompted(text: str, tokens: int, size: int) -> Callable[..., jax.Array]:
+    """Attention of a prompt on itself; compiled once for all draws."""
+    spec = _head(text, size)
+
+    @jax.jit
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        places = jnp.arange(tokens, dtype=jnp.int32)
+        where = geometry(places[None], places, jnp.full((1,), tokens, jnp.int32), None, spec)
+        return compute_of(spec).attend(q, k, v, where, spec)
+
+    return run
+
+
+def _head(text: str, size: int) -> DecodeSpec:
+    """One head without a mask."""
+    scheme = parse_scheme(text)
+    return DecodeSpec(scheme=scheme, heads=1, kv_heads=1, head_dim=size, width=size, causal=False)
 
 
 def _drawn(draw: np.random.Generator, tokens: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

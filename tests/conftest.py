@@ -31,7 +31,10 @@ assert jax.config.jax_numpy_rank_promotion == "raise", "jax was imported before 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--cases", type=int, metavar="N", help="of a test with many parameters run N cases only, evenly spread"
+        "--cases",
+        type=int,
+        metavar="N",
+        help="of a test with many parameters run N cases only, evenly spread",
     )
 
 

@@ -32,6 +32,17 @@ def test_kivi_by_encode_and_decode_alone_errs_as_others_have_measured():
     assert cached["attention_l1"] < 0.8 * alone["attention_l1"]
 
 
+def test_integer_products_of_a_prompt_err_as_others_have_measured():
+    """99.964 % and 0.0256, with a scale of P for every 64 queries and keys; theirs was another draw."""
+    together, alone = (
+        errors("kv:bf16#int8", np.random.default_rng(0), 1024, 64)
+        for errors in (synthetic.prompt_errors, synthetic.scheme_errors)
+    )
+    assert 1 - together["attention_cosine"] == pytest.approx(1 - 0.99964, rel=0.1)
+    assert together["attention_l1"] == pytest.approx(0.0256, rel=0.05)
+    assert alone["attention_l1"] < 0.75 * together["attention_l1"]  # a scale for every query
+
+
 def test_sas_is_within_its_bound_and_the_cut_is_most_of_its_error():
     draw = {"context": 2048, "head_dim": 16, "spread": 2.0, "seed": 0}
     errors = {}
@@ -51,12 +62,12 @@ def test_the_root(tmp_path):
         tmp_path,
         "synthetic",
         "Synthetic.schemes = ('kv:int8', 'kv:int4')\nSynthetic.tokens = 32\nSynthetic.thresholds = (6, 0)\n",
-        "Synthetic.alone = ('kv:int8',)\n",
+        "Synthetic.alone = ('kv:int8',)\nSynthetic.prompts = ('kv:bf16#int8',)\n",
         "Synthetic.degrees = (3, 5)\nSynthetic.contexts = (32, 64)\nSynthetic.seeds = (0, 1)\nSynthetic.queries = 8\n",
     )
     assert small_runs.launched(config, tmp_path / "out") == 0
     records = read(tmp_path / "out" / "records.jsonl")
-    assert [record.status for record in records] == ["ok"] * (3 * 2 + 2 * 2 * 2 * 2)
+    assert [record.status for record in records] == ["ok"] * (4 * 2 + 2 * 2 * 2 * 2)
     assert set(report_tables(records)) == {"sas", "emulated"}
     said = findings(records)
     assert any(text.startswith("SAS at threshold 6 loses") for text in said)
