@@ -105,13 +105,17 @@ def append_tiles(
     line = Line(codes=codes, scales=marks)
     full = after - before
 
-    def flush(tiles: Any) -> Any:
+    def flush() -> Any:
         found = _encoded(line, codec, role, scale, windows)
         if prompt and codec.prefills and tokens >= span:
             found = _from_rows(found, rows, codec, role, held, windows)
-        return _written(tiles, found, codec, before, full)
+        return found
 
-    tiles = jax.lax.cond(jnp.any(full > 0), flush, lambda tiles: tiles, stored.tiles)
+    def nothing() -> Any:
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(flush))
+
+    # The branch makes a few windows and no tiles of the cache, which a TPU would copy to give them back.
+    tiles = _written(stored.tiles, jax.lax.cond(jnp.any(full > 0), flush, nothing), codec, before, full)
     newest = Line(
         codes=_window(codes, full, span), scales=None if marks is None else _window(marks, full, span)
     )
@@ -209,7 +213,7 @@ def _from_rows(
 def _written(
     tiles: Any, codes: Any, codec: TiledCodec, before: Int[Array, "B"], full: Int[Array, "B"]
 ) -> Any:
-    """The tiles with those of each sequence's first ``full`` new windows behind its ``before`` old ones."""
+    """The tiles with those of each sequence's first ``full`` new windows behind its ``before`` old ones, in place."""
     per_window = codec.span // codec.tile
     batch, count = jax.tree.leaves(codes)[0].shape[:2]
     total = jax.tree.leaves(tiles)[0].shape[1]
