@@ -12,6 +12,7 @@ import tiny_cli
 from flax import nnx
 
 from experiments import compare, run
+from experiments.compilation import compile_seconds
 from experiments.launch import checked_units
 from slimjax import checkpoint, pretrained, windows
 from slimjax.attention.layer import append_rows, attend_cached, attend_full, init_cache
@@ -212,6 +213,23 @@ def test_an_order_is_found_once(exact, monkeypatch):
 
 
 @pytest.mark.slow
+def test_cells_of_one_shape_share_their_compilation(exact):
+    """Which heads have few bits is in the weights' order, not in the program."""
+
+    def seconds(**options):
+        """Of compilation that a cell takes."""
+        before = compile_seconds()
+        choice = Choice(scheme=parse_scheme("kv:flashq2-4/32"), **options)
+        measure(exact, choose(exact, choice), context=4096)
+        return compile_seconds() - before
+
+    seconds(selector="random", seed=0)
+    assert seconds(selector="random", seed=1) == 0
+    seconds(selector="priority")  # its own statistics
+    assert seconds(selector="none") == 0
+    assert seconds(selector="none", dtype="bfloat16") > 0
+
+
 def test_a_prompt_orders_its_own_heads(exact):
     way = Choice(scheme=parse_scheme("kv:flashq2-8/32"), selector="dynamic")
     layers = choose(exact, way)
