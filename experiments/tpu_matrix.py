@@ -15,7 +15,7 @@ from typing import TextIO
 from experiments.directory import source_hash, write_text
 from experiments.tpu_row import Row, measure
 from slimjax.kernels import tpu_aot
-from slimjax.kernels.tpu_aot import GENERATIONS, MIB
+from slimjax.kernels.tpu.generations import GENERATIONS, MIB
 from slimjax.kernels.tpu_cases import Case, cases
 from slimjax.records import append_line, read_lines
 from slimjax.scheme import suggest
@@ -83,7 +83,7 @@ def faults(row: Row) -> list[str]:
         found.append(f"VMEM {_mib(row['vmem_bytes'])} of {_mib(row['vmem_limit'])}")
     if cached and row["temporary_bytes"] >= cached:
         found.append(f"temporary {_mib(row['temporary_bytes'])}")
-    elif cached and row["copied_bytes"] >= cached:
+    elif cached and row["copied_bytes"] >= cached and not 0 < row["donated_bytes"] <= row["aliased_bytes"]:
         found.append(f"copies {_mib(row['copied_bytes'])}")
     if row["aliased_bytes"] < row["donated_bytes"]:
         found.append(f"not in place {_mib(row['donated_bytes'] - row['aliased_bytes'])}")
@@ -146,7 +146,7 @@ def _fate(row: Row) -> str:
 def _pace(row: Row) -> str:
     """Cycles / HBM cycles; bold where the schedule is the longer. A + marks loops that are counted once."""
     tiles = row["tiles"] or 1
-    text = f"{row['cycles'] / tiles:.0f}{'+' if row['loops'] else ''}"
+    text = f"{row['cycles'] / tiles:.0f}{'+' if row['loops'] and row['trips'] == 1 else ''}"
     if not row["step_bytes"]:
         return text
     floor = GENERATIONS[row["generation"]].hbm_cycles(row["step_bytes"])

@@ -142,11 +142,12 @@ def _cycles(program: Program, dump: Path, cycles: bool) -> Row:
         return {}
     schedule = tpu_aot.scheduled_cycles(dump, program.name)
     return {
-        "cycles": schedule.steady(program.running),
+        "cycles": schedule.steady(program.running, program.trips),
         "step_cycles": schedule.step,
         "total_cycles": schedule.total,
         "blocks": list(schedule.blocks),
-        "loops": list(schedule.loops),
+        "loops": [cycles for _, cycles in schedule.loops],
+        "trips": program.trips,
         "tiles": program.tiles,
         "step_bytes": program.bytes,
     }

@@ -292,12 +292,12 @@ def test_tiles_are_those_asked_for_or_as_much_as_fits():
     memory = Memory(fixed=1000, token=100)
     assert choose(4096, memory).block == 1024
     assert choose(100, memory).block == 112  # whole sublanes
-    assert choose(4096, memory, budget=1000 + 100 * 300).block == 256
+    assert choose(4096, memory, vmem=4 * (1000 + 100 * 300) // 3) == Tiles(block=256, vmem=41333)
     assert choose(4096, memory, tiles=Tiles(block=64, splits=2)) == Tiles(block=64, splits=2)
     with pytest.raises(NotImplementedError, match="128 tokens take 13,800 bytes"):
-        choose(4096, memory, budget=2000)
-    with pytest.raises(NotImplementedError, match="more than 2,000"):
-        choose(4096, memory, tiles=Tiles(block=64), budget=2000)
+        choose(4096, memory, vmem=2000)
+    with pytest.raises(NotImplementedError, match=r"64 tokens take 7,400 bytes .*, more than 1,500"):
+        choose(4096, memory, tiles=Tiles(block=64, vmem=2000))
     for wrong in ({"block": 8}, {"block": 40}, {"block": 32, "splits": 0}):
         with pytest.raises(ValueError, match=r"tile has|one part"):
             Tiles(**wrong)

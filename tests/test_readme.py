@@ -23,7 +23,11 @@ def test_code_runs(block, capsys):
         assert said[1] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("path", readme.FILES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    readme.FILES,
+    ids=lambda path: path.name if path.parent == readme.ROOT else path.parent.name + path.name,
+)
 def test_tables_are_what_the_records_say(path):
     assert readme.stale(path) is None
 

@@ -6,14 +6,17 @@ import io
 import json
 import os
 import time
+from types import SimpleNamespace
 
+import jax
 import pytest
 import tpu_toys as toys
 
 from experiments import readme, tpu_matrix
 from experiments.tpu_row import _last_words, measure
 from slimjax.kernels import tpu_aot
-from slimjax.kernels.tpu_aot import GENERATIONS, MIB, TILE_BYTES, Schedule, read_schedule
+from slimjax.kernels.tpu.generations import GENERATIONS, MIB, running
+from slimjax.kernels.tpu_aot import TILE_BYTES, Schedule, read_schedule
 from slimjax.kernels.tpu_cases import cases
 from slimjax.records import read_lines
 
@@ -72,11 +75,28 @@ def test_a_tile_comes_from_hbm_in_the_known_cycles(generation, cycles):
     assert GENERATIONS[generation].hbm_cycles(TILE_BYTES) == pytest.approx(cycles, abs=0.3)
 
 
+def test_the_generation_in_use_is_found_by_its_devices_name(monkeypatch):
+    assert running() is None  # no TPU
+    kinds = [kind for found in GENERATIONS.values() for kind in found.kinds]
+    assert len(set(kinds)) == len(kinds)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for kind, found in (
+        ("TPU v5 lite", GENERATIONS["v5e"]),
+        ("TPU v5", GENERATIONS["v5p"]),
+        ("TPU v9", None),
+    ):
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: [SimpleNamespace(device_kind=kind)])
+        assert running() is found
+
+
 def test_a_schedule_is_read_from_a_listing():
     schedule = read_schedule(LISTING)
-    assert schedule == Schedule(total=14, step=12, blocks=(1, 4, 1), loops=(2,))
+    assert schedule == Schedule(total=14, step=12, blocks=(1, 4, 1), loops=((1, 2),))
     assert schedule.steady() == 12 - 2  # the longest block
-    assert schedule.steady(0) == schedule.steady(-1) == 12 - 5
+    assert (
+        schedule.steady(0) == schedule.steady(2) == schedule.steady(2, trips=9) == 12 - 5
+    )  # no loop in these
+    assert schedule.steady(trips=3) == schedule.steady(1, trips=3) == 12 - 2 + 2 * 2
     assert Schedule(total=9, step=9).steady() == 9
 
 
@@ -143,9 +163,9 @@ def test_faults():
 
 def test_the_tables():
     rows = [
-        row(cycles=640, tiles=64.0, step_bytes=64 * TILE_BYTES, loops=[]),
+        row(cycles=640, tiles=64.0, step_bytes=64 * TILE_BYTES, loops=[], trips=1),
         row(generation="v4", status="refused", reason="int8 products on v4"),
-        row("k", generation="v5e", cycles=5000, tiles=64.0, step_bytes=64 * TILE_BYTES, loops=[32]),
+        row("k", generation="v5e", cycles=5000, tiles=64.0, step_bytes=64 * TILE_BYTES, loops=[32], trips=1),
         row("k", generation="v4", status="aborted", reason="SIGABRT: a type"),
     ]
     assert tpu_matrix.table(rows).splitlines() == [

@@ -17,12 +17,11 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "pallas_tpu": pallas_tpu.decode,
 }
 
-# What ``implementation=None`` tries, in this order, by jax backend. "pallas_tpu" is asked for by name yet: XLA lays
-# [K, H] out otherwise than rows of E, and copies a cache of bases kv and k before the kernel reads it.
+# What ``implementation=None`` tries, in this order, by jax backend.
 _ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("reference",),
     "gpu": ("reference",),
-    "tpu": ("reference",),
+    "tpu": ("pallas_tpu", "reference"),
 }
 
 

@@ -13,7 +13,8 @@ from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache
 from slimjax.kernels.combine import combine
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.kernels.tiles import Tiles, choose
+from slimjax.kernels.tiles import VMEM, Tiles, choose
+from slimjax.kernels.tpu.generations import Generation, running
 from slimjax.kernels.tpu.operands import angles, operands
 from slimjax.kernels.tpu.rows import attend_rows, memory
 
@@ -40,7 +41,7 @@ def decode(
         NotImplementedError: what the kernels do not serve, with the reason.
     """
     given, rules = operands(q, cache, weights, spec, start)
-    chosen = choose(cache.capacity, memory(given, rules), tiles=tiles)
+    chosen = choose(cache.capacity, memory(given, rules), tiles=tiles, vmem=_vmem(running()))
     if given.turned is not None:
         blocks = math.ceil(cache.capacity / chosen.block)
         given = dataclasses.replace(given, angles=angles(spec, chosen.block, blocks))
@@ -51,3 +52,26 @@ def decode(
     rows = mixed[:, : tokens * heads].reshape(batch, tokens, heads, -1)
     out = basis(spec).finish(rows, weights, spec).astype(spec.dtype)
     return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+
+
+def tiles_of(
+    q: Queries, cache: Cache, weights: DecodeWeights, spec: DecodeSpec, generation: Generation | None = None
+) -> Tiles:
+    """The tiles that ``decode`` chooses for arrays of these shapes; ``generation``: of the TPU, None: the one in use.
+
+    Raises NotImplementedError as ``decode`` does.
+    """
+
+    def look(q: Queries, cache: Cache, weights: DecodeWeights) -> None:
+        nonlocal found
+        used = memory(*operands(q, cache, weights, spec, cache.length))
+        found = choose(cache.capacity, used, vmem=_vmem(generation or running()))
+
+    found: Tiles | None = None
+    jax.eval_shape(look, q, cache, weights)
+    assert found is not None
+    return found
+
+
+def _vmem(generation: Generation | None) -> int:
+    return VMEM if generation is None else generation.room

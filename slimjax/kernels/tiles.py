@@ -3,15 +3,15 @@
 import dataclasses
 import math
 
-VMEM = (
-    12 * 2**20
-)  # bytes that tiles may take together: of the 16 MiB of v4, v5e and v5p, what leaves the compiler room
+VMEM = 16 * 2**20  # bytes of fast memory that every kernel may take, on every TPU
+SHARE = 0.75  # of it for tiles: the rest is the compiler's
 BLOCKS = (1024, 512, 256, 128)  # tokens; smaller ones wait for memory rather than move it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiles:
-    """Tokens of a tile of cached rows, and parts that the sequence is cut into (combined afterwards).
+    """Tokens of a tile of cached rows, parts that the sequence is cut into (combined afterwards), and the fast memory
+    that a kernel asks for, bytes.
 
     Raises:
         ValueError: fewer than 16 tokens, which no layout of bfloat16 rows allows, or no part.
@@ -19,6 +19,7 @@ class Tiles:
 
     block: int
     splits: int = 1
+    vmem: int = VMEM
 
     def __post_init__(self) -> None:
         if self.block < 16 or self.block % 16:
@@ -39,22 +40,19 @@ class Memory:
         return self.fixed + block * self.token
 
 
-def choose(capacity: int, memory: Memory, *, tiles: Tiles | None = None, budget: int = VMEM) -> Tiles:
-    """The tiles asked for, else the longest of ``BLOCKS`` that fit, cut to the capacity.
+def choose(capacity: int, memory: Memory, *, tiles: Tiles | None = None, vmem: int = VMEM) -> Tiles:
+    """The tiles asked for, else the longest of ``BLOCKS`` that fit into ``vmem`` bytes; both cut to the capacity.
 
     Raises:
         NotImplementedError: not even the shortest fits, or those asked for do not.
     """
     whole = max(16, math.ceil(capacity / 16) * 16)
-    if tiles is not None:
-        if memory.of(min(tiles.block, whole)) > budget:
-            needed = memory.of(min(tiles.block, whole))
-            raise NotImplementedError(f"{tiles} takes {needed:,} bytes of VMEM, more than {budget:,}")
-        return dataclasses.replace(tiles, block=min(tiles.block, whole))
-    for block in BLOCKS:
-        if memory.of(min(block, whole)) <= budget:
-            return Tiles(block=min(block, whole))
-    needed = memory.of(min(BLOCKS[-1], whole))
+    vmem = vmem if tiles is None else tiles.vmem
+    blocks = [min(block, whole) for block in (BLOCKS if tiles is None else (tiles.block,))]
+    for block in blocks:
+        if memory.of(block) <= SHARE * vmem:
+            return Tiles(block=block, vmem=vmem) if tiles is None else dataclasses.replace(tiles, block=block)
     raise NotImplementedError(
-        f"{BLOCKS[-1]} tokens take {needed:,} bytes of VMEM with their queries and sums, more than {budget:,}"
+        f"{blocks[-1]} tokens take {memory.of(blocks[-1]):,} bytes of VMEM with their queries and sums, "
+        f"more than {int(SHARE * vmem):,}"
     )

@@ -22,7 +22,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled
 
-MIB = 2**20
+from slimjax.kernels.tpu.generations import GENERATIONS
+
 TILE_BYTES = 128 * 128 * 2  # a 128x128 tile of bfloat16
 # Other versions schedule up to 30 % better or worse: cycles are compared on this pair alone.
 PINNED = {"jax": "0.12.0.1", "libtpu": "0.0.52"}
@@ -36,46 +37,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
 }
 DUMP = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One generation of TPU.
-
-    Attributes:
-        topology: its name for libtpu; a few chips of one host.
-        hbm: bytes a second of a chip.
-        cores: TensorCores a chip, which share that.
-        clock: Hz; for v7x inferred from its peak rates, not published.
-        vmem: bytes a core.
-        scoped: bytes of it that a kernel may take that asks for no other limit.
-    """
-
-    topology: str
-    hbm: float
-    cores: int
-    clock: float
-    vmem: int
-    scoped: int
-
-    def hbm_cycles(self, size: float) -> float:
-        """Cycles in which `size` bytes come from HBM to one core while the others read as much."""
-        return size * self.cores / self.hbm * self.clock
-
-
-GENERATIONS = {
-    "v4": Generation(topology="v4:2x2x1", hbm=1.23e12, cores=2, clock=1.05e9, vmem=16 * MIB, scoped=16 * MIB),
-    "v5e": Generation(topology="v5e:2x2", hbm=0.82e12, cores=1, clock=1.5e9, vmem=128 * MIB, scoped=16 * MIB),
-    "v5p": Generation(
-        topology="v5p:2x2x1", hbm=2.77e12, cores=2, clock=1.75e9, vmem=64 * MIB, scoped=16 * MIB
-    ),
-    "v6e": Generation(
-        topology="v6e:2x2", hbm=1.64e12, cores=1, clock=1.75e9, vmem=128 * MIB, scoped=32 * MIB
-    ),
-    "v7x": Generation(
-        topology="tpu7x:2x2x1", hbm=7.40e12, cores=2, clock=1.9e9, vmem=64 * MIB, scoped=32 * MIB
-    ),
-}
 
 
 # The process -------------------------------------------------------------------------------------------------
@@ -250,20 +211,25 @@ class Schedule:
         step: its loop over the grid, once: one grid step where every condition holds.
         blocks: of those, what each `pl.when` (or other condition) of the body can skip, in order. Short ones
             become predicated instructions and are none.
-        loops: what each loop inside the step takes, once: multiply by its trips, or unroll it.
+        loops: what each loop inside the step takes, once, and the number of the block that it is in, None: in none.
     """
 
     total: int
     step: int
     blocks: tuple[int, ...] = ()
-    loops: tuple[int, ...] = ()
+    loops: tuple[tuple[int | None, int], ...] = ()
 
-    def steady(self, running: int | None = None) -> int:
-        """Cycles of a grid step in which one of `blocks` runs, by number; None: the longest."""
-        if not self.blocks:
-            return self.step
-        kept = max(self.blocks) if running is None else self.blocks[running]
-        return self.step - sum(self.blocks) + kept
+    def steady(self, running: int | None = None, trips: int = 1) -> int:
+        """Cycles of a grid step in which one of `blocks` runs, by number, and every loop so often.
+
+        running: None: the longest.
+        """
+        kept = running
+        if kept is None and self.blocks:
+            kept = max(range(len(self.blocks)), key=self.blocks.__getitem__)
+        skipped = sum(cycles for number, cycles in enumerate(self.blocks) if number != kept)
+        again = sum(cycles for number, cycles in self.loops if number in (None, kept))
+        return self.step - skipped + (trips - 1) * again
 
 
 _BUNDLE = re.compile(r"^ *(?:0x)?([0-9a-f]+) +(?:[A-Z]{2})?:")
@@ -305,13 +271,16 @@ def read_schedule(text: str) -> Schedule:
     inside = [span for span in skipped if _within(span, grid)]
     # The pipeline's own condition, around the body: the first steps only fetch.
     body = max(inside, key=_length, default=grid) if loops else grid
+    blocks = _outermost([span for span in inside if span != body and _within(span, body)])
+
+    def holding(loop: tuple[int, int]) -> int | None:
+        return next((number for number, block in enumerate(blocks) if _within(loop, block)), None)
+
     return Schedule(
         total=total,
         step=_length(grid),
-        blocks=tuple(
-            map(_length, _outermost([span for span in inside if span != body and _within(span, body)]))
-        ),
-        loops=tuple(_length(span) for span in loops if span != grid and _within(span, grid)),
+        blocks=tuple(map(_length, blocks)),
+        loops=tuple((holding(span), _length(span)) for span in loops if span != grid and _within(span, grid)),
     )
 
 

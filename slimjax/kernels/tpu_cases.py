@@ -1,8 +1,23 @@
-"""The kernels and shapes that are compiled for every TPU generation. Data alone; experiments/tpu_matrix.py runs it."""
+"""The kernels and shapes that are compiled for every TPU generation; experiments/tpu_matrix.py runs them."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slimjax.attention.bases import basis
+from slimjax.attention.projections import DecodeWeights
+from slimjax.cache import Cache, append, codec_of, empty
+from slimjax.kernels import pallas_tpu
+from slimjax.kernels.shapes import SHAPES
+from slimjax.kernels.spec import DecodeSpec
+from slimjax.kernels.tiles import Tiles
+from slimjax.kernels.tpu import online
+from slimjax.kernels.tpu.generations import GENERATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +34,7 @@ class Program:
         cached: size of the smallest array of the cache, bytes: XLA may make nothing as large outside the kernels.
             Larger than any VMEM (128 MiB), or XLA moves the cache there; 0: not looked at.
         running: which of the body's conditional blocks runs in an ordinary step (`Schedule.steady`).
+        trips: how often each loop runs in such a step.
     """
 
     function: Callable[..., Any]
@@ -29,6 +45,7 @@ class Program:
     bytes: float = 0.0
     cached: int = 0
     running: int | None = None
+    trips: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +66,92 @@ class Case:
     ci: bool = False
 
 
+BATCH, CAPACITY = 16, 8192  # of the caches: at real widths each array of rows is larger than any VMEM
+HEADED, ROPE = ("kv:bf16", "kv:int8", "k2:bf16", "k2:int16+16"), ("smollm2-1.7b", "llama-2-7b", "tiny-rope")
+LATENT, CROSS = ("e2:bf16",), ("whisper-large-cross", "t5-11b-cross")
+APPENDED = ("kv:bf16", "k2:int16+16")
+IN_CI = 1  # shapes of each that is read
+
+
+def build_rows(generation: str, *, scheme: str, shape: str, tokens: int = 1) -> Program:
+    """The kernel of whole rows on a full cache, as ``slimjax.decode`` calls it."""
+    spec = SHAPES[shape].spec(scheme, "bfloat16")
+    cache = _cache(spec)
+    query: Any = jax.ShapeDtypeStruct((BATCH, tokens, spec.heads, spec.head_dim), jnp.bfloat16)
+    specs = (query, cache, _weights(spec), jax.ShapeDtypeStruct((BATCH,), jnp.int32))
+    tiles = pallas_tpu.tiles_of(*specs[:3], spec, GENERATIONS[generation])
+    held = [leaf for stream in cache.streams.values() for leaf in stream.leaves]
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in held]
+    widths = [math.prod(stream.rows[0]) for stream in cache.streams.values()]
+    return Program(
+        function=functools.partial(_decode, spec=spec, tiles=tiles),
+        specs=specs,
+        name="slimjax_rows",
+        tiles=tiles.block * sum(widths) / 128**2,
+        bytes=sum(sizes) * tiles.block // (BATCH * CAPACITY),
+        cached=_told(sizes[0]),
+        running=1,  # of: begin, a full block, a ragged one, the end
+        trips=online.trips(max(widths)),
+    )
+
+
+def build_append(generation: str, *, scheme: str, shape: str) -> Program:
+    """A token appended to a cache that is given away; of tiles, the window that it fills is encoded, too."""
+    spec = SHAPES[shape].spec(scheme, "bfloat16")
+    streams, cache = basis(spec).streams(spec), _cache(spec)
+    rows = {name: jax.ShapeDtypeStruct((BATCH, 1, *row), jnp.float32) for name, row in streams.items()}
+    return Program(
+        function=functools.partial(append, codec=codec_of(spec.scheme), prompt=False),
+        specs=(cache, rows),
+        donate=(0,),
+        cached=_told(max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))),
+    )
+
+
+def _told(size: int) -> int:
+    """What copies are told by: nothing where XLA may move the whole cache to VMEM."""
+    return size if size > max(generation.vmem for generation in GENERATIONS.values()) else 0
+
+
+def _cache(spec: DecodeSpec) -> Cache:
+    """A cache's shapes."""
+    streams, codec = basis(spec).streams(spec), codec_of(spec.scheme)
+    return jax.eval_shape(lambda: empty(streams, codec, batch=BATCH, capacity=CAPACITY))
+
+
+def _decode(q: Any, cache: Any, weights: Any, start: Any, *, spec: DecodeSpec, tiles: Tiles) -> Any:
+    return pallas_tpu.decode(q, cache, weights, spec, start, tiles=tiles, interpret=False)
+
+
+def _weights(spec: DecodeSpec) -> DecodeWeights:
+    """The shapes of what stands in for rows that are not cached."""
+
+    def projection(rows: int) -> Any:
+        return jax.ShapeDtypeStruct((rows, spec.kv_heads, spec.head_dim), jnp.float32)
+
+    match spec.scheme.basis:
+        case "k":
+            return DecodeWeights(w_kv=projection(spec.key_width + spec.scheme.extra))
+        case "x" | "e":
+            return DecodeWeights(wk=projection(spec.width), wv=projection(spec.width))
+    return DecodeWeights()
+
+
 def cases() -> tuple[Case, ...]:
     """All of them, in the order of the table."""
-    return ()
+    reading = [
+        Case(kernel=scheme, shape=shape, build=_build(build_rows, scheme, shape), ci=place < IN_CI)
+        for schemes, shapes in ((HEADED, ROPE), (LATENT, CROSS))
+        for scheme in schemes
+        for place, shape in enumerate(shapes)
+    ]
+    writing = [
+        Case(kernel=f"append {scheme}", shape=shape, build=_build(build_append, scheme, shape), ci=True)
+        for scheme in APPENDED
+        for shape in ROPE[:1]
+    ]
+    return (*reading, *writing)
+
+
+def _build(build: Callable[..., Program], scheme: str, shape: str) -> Callable[[str], Program]:
+    return functools.partial(build, scheme=scheme, shape=shape)

@@ -8,7 +8,7 @@ import tpu_toys as toys
 from experiments.tpu_matrix import faults
 from experiments.tpu_row import measure
 from slimjax.kernels import tpu_aot
-from slimjax.kernels.tpu_aot import GENERATIONS, MIB
+from slimjax.kernels.tpu.generations import GENERATIONS, MIB
 
 pytestmark = pytest.mark.skipif(
     bool(tpu_aot.missing()) and os.environ.get("SLIMJAX_REQUIRE_TPU") != "1",

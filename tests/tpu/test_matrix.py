@@ -7,7 +7,7 @@ import pytest
 from experiments.tpu_matrix import faults
 from experiments.tpu_row import measure
 from slimjax.kernels import tpu_aot
-from slimjax.kernels.tpu_aot import GENERATIONS
+from slimjax.kernels.tpu.generations import GENERATIONS
 from slimjax.kernels.tpu_cases import cases
 
 pytestmark = pytest.mark.skipif(

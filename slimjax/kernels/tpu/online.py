@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
 from slimjax.numerics import MASK
@@ -32,6 +33,11 @@ class Held:
         """W."""
         return self.codes.shape[-2 if self.tokens_last else -1]
 
+    @property
+    def tokens(self) -> int:
+        """C, or the tokens of a block."""
+        return self.codes.shape[-1 if self.tokens_last else -2]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rules:
@@ -54,13 +60,37 @@ class Rules:
     causal: bool
 
 
-COLUMNS = 512  # of a row that are worked on at a time: more of them would not stay in registers
+COLUMNS = 1024  # of a row that are worked on at a time
 
 
-def columns_of(width: int, period: int = LANES) -> list[slice]:
-    """A row's columns in parts of about ``COLUMNS``, whole periods each; in one where periods do not divide them."""
-    step = width if width % period else period * max(1, COLUMNS // period)
-    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
+def over_columns(width: int, visit: Callable[[Any, Any], Any], state: Any, period: int = LANES) -> Any:
+    """``state = visit(columns, state)`` for parts of a row of about ``COLUMNS``, whole periods each.
+
+    A loop, and of few trips: one long program takes libtpu minutes to schedule, and every trip waits for its products.
+    Where periods do not divide the width, all columns are one part.
+    """
+    if width % period:
+        return visit(pl.ds(0, width), state)
+    step, count = _steps(width, period)
+    if count > 1:
+        state = jax.lax.fori_loop(
+            0, count, lambda i, held: visit(pl.ds(pl.multiple_of(i * step, LANES), step), held), state
+        )
+    elif count:
+        state = visit(pl.ds(0, step), state)
+    rest = width - count * step
+    return visit(pl.ds(count * step, rest), state) if rest else state
+
+
+def trips(width: int, period: int = LANES) -> int:
+    """How often the loop of ``over_columns`` runs, 1 where there is none."""
+    return 1 if width % period else max(1, _steps(width, period)[1])
+
+
+def _steps(width: int, period: int) -> tuple[int, int]:
+    """Columns of a part, and whole parts of a row."""
+    step = period * max(1, COLUMNS // period)
+    return step, width // step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +116,7 @@ class Reader:
     dtype: Any
     left: Any  # None: the block is full
 
-    def load(self, each: Held, columns: slice) -> Loaded:
+    def load(self, each: Held, columns: Any) -> Loaded:
         """int16 codes under bfloat16 products as 256 high + low, with each in a byte, which bfloat16 holds exactly."""
         codes = each.codes[columns, :] if each.tokens_last else each.codes[:, columns]
         if self.left is not None:  # anything may be there, NaN included, and 0 * NaN is NaN
@@ -174,8 +204,15 @@ def weigh(
     for mixed, each in zip(sums, weighed, strict=True):
         scale = reader.scale(each)
         weights = (p if scale is None else p * by_row(scale, p.shape[0], rules)).astype(reader.dtype)
-        for columns in columns_of(mixed.shape[1]):
-            new = reader.load(each, columns).total(
-                lambda part, weights=weights, over=1 if each.tokens_last else 0: dot(weights, part, over)
-            )
-            mixed[:, columns] = mixed[:, columns] * shrunk + new
+        _add(mixed, each, weights, shrunk, reader)
+
+
+def _add(mixed: Any, each: Held, weights: Array, shrunk: Array, reader: Reader) -> None:
+    """mixed = mixed * shrunk + weights rows."""
+
+    def visit(columns: Any, state: None) -> None:
+        over = 1 if each.tokens_last else 0
+        new = reader.load(each, columns).total(lambda part: dot(weights, part, over))
+        mixed[:, columns] = mixed[:, columns] * shrunk + new
+
+    over_columns(mixed.shape[1], visit, None)

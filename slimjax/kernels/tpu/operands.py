@@ -1,4 +1,4 @@
-"""From a cache and a layer's weights to what ``rows.attend_rows`` takes, or the reason why it cannot."""
+"""What ``rows.attend_rows`` takes, made of a cache and a layer's weights, or the reason why it cannot be."""
 
 import math
 
@@ -17,9 +17,46 @@ from slimjax.cache.codecs.fp8 import Fp8Codec
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tpu.online import LANES, Held, Rules
-from slimjax.kernels.tpu.rows import Angles, Operands
+from slimjax.pytree import pytree
 
 HEADED, LATENT = ("kv", "k"), ("x", "e", "h")  # queries meet keys, or rows that stand for them
+
+
+@pytree
+class Angles:
+    """Cosines and sines: of the places within a block, repeated to whole lanes, and of the blocks' starts."""
+
+    cos: Float[Array, "block P"]
+    sin: Float[Array, "block P"]
+    start_cos: Float[Array, "blocks 1 W"]
+    start_sin: Float[Array, "blocks 1 W"]
+
+
+@pytree
+class Operands:
+    """Arrays of one call. M = T*N query rows, token by token, filled up to a multiple of 16.
+
+    Attributes:
+        length: tokens of each sequence.
+        first: position of each sequence's first query.
+        q: in the dtype of products.
+        turned: under RoPE, -J q, where J is a quarter turn of every pair.
+        keys: rows that the queries meet.
+        further: rows that are weighed: values, or what is weighed beside the keys themselves.
+        angles: under RoPE.
+        key_bias: what is added to the keys before they are turned.
+        slopes: ALiBi's, of every query row.
+    """
+
+    length: Lengths
+    first: Lengths
+    q: Float[Array, "B M W"]
+    turned: Float[Array, "B M W"] | None
+    keys: Held
+    further: tuple[Held, ...]
+    angles: Angles | None
+    key_bias: Float[Array, "1 W"] | None
+    slopes: Float[Array, "M 1"] | None
 
 
 def refusal(spec: DecodeSpec) -> str | None:

@@ -17,6 +17,7 @@ Grid: (sequence, part, block); blocks past a sequence's length, or before its wi
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,7 +26,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from slimjax.axes import Lengths
 from slimjax.kernels.tiles import Memory, Tiles
 from slimjax.kernels.tpu.online import (
     LANES,
@@ -33,52 +33,15 @@ from slimjax.kernels.tpu.online import (
     Reader,
     Rules,
     by_row,
-    columns_of,
     dot,
     kv_head,
+    over_columns,
     query_token,
     visible,
     weigh,
 )
+from slimjax.kernels.tpu.operands import Angles, Operands
 from slimjax.numerics import MASK
-from slimjax.pytree import pytree
-
-
-@pytree
-class Angles:
-    """Cosines and sines: of the places within a block, repeated to whole lanes, and of the blocks' starts."""
-
-    cos: Float[Array, "block P"]
-    sin: Float[Array, "block P"]
-    start_cos: Float[Array, "blocks 1 W"]
-    start_sin: Float[Array, "blocks 1 W"]
-
-
-@pytree
-class Operands:
-    """Arrays of one call. M = T*N query rows, token by token, filled up to a multiple of 16.
-
-    Attributes:
-        length: tokens of each sequence.
-        first: position of each sequence's first query.
-        q: in the dtype of products.
-        turned: under RoPE, -J q, where J is a quarter turn of every pair.
-        keys: rows that the queries meet.
-        further: rows that are weighed: values, or what is weighed beside the keys themselves.
-        angles: under RoPE.
-        key_bias: what is added to the keys before they are turned.
-        slopes: ALiBi's, of every query row.
-    """
-
-    length: Lengths
-    first: Lengths
-    q: Float[Array, "B M W"]
-    turned: Float[Array, "B M W"] | None
-    keys: Held
-    further: tuple[Held, ...]
-    angles: Angles | None
-    key_bias: Float[Array, "1 W"] | None
-    slopes: Float[Array, "M 1"] | None
 
 
 def memory(operands: Operands, rules: Rules) -> Memory:
@@ -102,49 +65,15 @@ def attend_rows(
 
     A is what is weighed: the widths of the keys and the further rows, or H where every head keeps its own columns.
     """
-    batch, rows, width = operands.q.shape
-    capacity, block = operands.keys.codes.shape[1], tiles.block
-    blocks = math.ceil(capacity / block)
+    batch, rows, _ = operands.q.shape
+    block = tiles.block
+    blocks = math.ceil(operands.keys.tokens / block)
     most = blocks
     if rules.window is not None and rules.causal:  # blocks that T windows, one behind the other, can touch
         most = min(blocks, math.ceil((rules.window + rules.tokens) / block) + 1)
     steps = math.ceil(most / tiles.splits)
     place = functools.partial(_place, rules=rules, block=block, blocks=blocks, steps=steps)
-
-    def fixed(array: Array) -> pl.BlockSpec:
-        return pl.BlockSpec(array.shape, lambda b, s, j, *_: (0,) * array.ndim)
-
-    def per_sequence(array: Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, *array.shape[1:]), lambda b, s, j, *_: (b, *(0,) * (array.ndim - 1)))
-
-    def held(each: Held) -> Held:
-        def at(b: Any, s: Any, j: Any, *facts: Any) -> Any:
-            return place(b, s, j, *facts)[1]
-
-        rows = pl.BlockSpec((None, block, each.width), lambda *i: (i[0], at(*i), 0))
-        if each.tokens_last:
-            rows = pl.BlockSpec((None, each.width, block), lambda *i: (i[0], 0, at(*i)))
-        specs: Any = {"codes": rows, "tokens_last": each.tokens_last}
-        if each.scale is not None:
-            specs["scale"] = pl.BlockSpec((None, each.scale.shape[1], block), lambda *i: (i[0], 0, at(*i)))
-        return Held(**specs)
-
-    inputs = {
-        "q": (operands.q, per_sequence),
-        "turned": (operands.turned, per_sequence),
-        "key_bias": (operands.key_bias, fixed),
-        "slopes": (operands.slopes, fixed),
-    }
-    given = {name: array for name, (array, _) in inputs.items() if array is not None}
-    specs: dict[str, Any] = {name: inputs[name][1](array) for name, array in given.items()}
-    arrays: dict[str, Any] = {**given, "held": (operands.keys, *operands.further)}
-    specs["held"] = tuple(held(each) for each in arrays["held"])
-    if operands.angles is not None:
-        arrays["angles"] = operands.angles
-        starts: Any = pl.BlockSpec((None, 1, width), lambda *i: (place(*i)[1], 0, 0))
-        within: Any = fixed(operands.angles.cos)
-        specs["angles"] = Angles(cos=within, sin=within, start_cos=starts, start_sin=starts)
-
+    arrays, specs = _inputs(operands, block, lambda *at: place(*at)[1])
     answer = sum(_answers(operands, rules))
 
     def part(last: int) -> pl.BlockSpec:
@@ -167,11 +96,50 @@ def attend_rows(
             jax.ShapeDtypeStruct((tiles.splits, batch, rows, answer), jnp.float32),
             jax.ShapeDtypeStruct((tiles.splits, batch, rows, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem
+        ),
         interpret=interpret,
         name="slimjax_rows",
     )(operands.length, operands.first, arrays)
     return out, log_sums[..., 0]
+
+
+def _inputs(operands: Operands, block: int, at: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays that the kernel reads, by name, and the block of each in a grid step.
+
+    at: of the grid's indices and what is prefetched, the block of tokens that is copied.
+    """
+
+    def fixed(array: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(array.shape, lambda b, s, j, *_: (0,) * array.ndim)
+
+    def per_sequence(array: Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, *array.shape[1:]), lambda b, s, j, *_: (b, *(0,) * (array.ndim - 1)))
+
+    def tokens_last(height: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, height, block), lambda *i: (i[0], 0, at(*i)))
+
+    def held(each: Held) -> Held:
+        rows = pl.BlockSpec((None, block, each.width), lambda *i: (i[0], at(*i), 0))
+        specs: Any = {"codes": tokens_last(each.width) if each.tokens_last else rows}
+        if each.scale is not None:
+            specs["scale"] = tokens_last(each.scale.shape[1])
+        return Held(**specs, tokens_last=each.tokens_last)
+
+    places = {"q": per_sequence, "turned": per_sequence, "key_bias": fixed, "slopes": fixed}
+    arrays: dict[str, Any] = {
+        name: array for name in places if (array := getattr(operands, name)) is not None
+    }
+    specs: dict[str, Any] = {name: places[name](array) for name, array in arrays.items()}
+    arrays["held"] = (operands.keys, *operands.further)
+    specs["held"] = tuple(map(held, arrays["held"]))
+    if operands.angles is not None:
+        arrays["angles"] = operands.angles
+        starts: Any = pl.BlockSpec((None, 1, operands.q.shape[2]), lambda *i: (at(*i), 0, 0))
+        within: Any = fixed(operands.angles.cos)
+        specs["angles"] = Angles(cos=within, sin=within, start_cos=starts, start_sin=starts)
+    return arrays, specs
 
 
 def _padded(width: int) -> int:
@@ -255,8 +223,12 @@ def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) ->
     """q . key of every query row and token, [M, block], with its bias. ``ahead``: of the block, of the first query."""
     keys, angles = inputs["held"][0], inputs.get("angles")
     period = LANES if angles is None else angles.cos.shape[1]
-    parts = (_part(inputs, reader, columns) for columns in columns_of(keys.width, period))
-    raw = functools.reduce(jnp.add, parts)
+    raw = over_columns(
+        keys.width,
+        lambda columns, sum_: sum_ + _part(inputs, reader, columns),
+        jnp.zeros((inputs["q"].shape[0], keys.tokens), jnp.float32),
+        period,
+    )
     if (scale := reader.scale(keys)) is not None:
         raw = raw * by_row(scale, raw.shape[0], rules)
     raw = raw * rules.scale
@@ -269,7 +241,7 @@ def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) ->
     return raw
 
 
-def _part(inputs: dict[str, Any], reader: Reader, columns: slice) -> Array:
+def _part(inputs: dict[str, Any], reader: Reader, columns: Any) -> Array:
     """What some columns add to the scores, [M, block].
 
     Under RoPE the rows' places within the block turn the rows, and its start turns the queries back.
