@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 
 from slimjax.kernels.tiles import Memory, Tiles
 from slimjax.kernels.tpu.online import (
+    COLUMNS,
     LANES,
     Held,
     Reader,
@@ -53,8 +54,9 @@ def memory(operands: Operands, rules: Rules) -> Memory:
     fixed += rows * 4 * (sum(map(_padded, widths)) + 2 * LANES)
     token = sum(2 * _padded(each.width) * each.codes.dtype.itemsize for each in held)
     token += 3 * 4 * rows  # scores, weights and a copy of either
-    # What the rows are cast to: the compiler does it piece by piece, but not always.
-    token += 4 * _padded(operands.keys.width)
+    # What the columns at work are turned into, float32 or pairs of bfloat16 (as the compiler was seen to).
+    wide = operands.turned is not None or operands.keys.codes.dtype == jnp.int16
+    token += (24 if wide else 8) * min(_padded(operands.keys.width), COLUMNS)
     return Memory(fixed=fixed, token=token)
 
 
