@@ -16,7 +16,9 @@ from slimjax import records, report
 from slimjax.scheme import suggest
 
 ROOT = Path(__file__).parent.parent
-FILES = (ROOT / "README.md", ROOT / "experiments" / "README.md")
+FILES = tuple(
+    ROOT / name for name in ("README.md", "experiments/README.md", "experiments/ABLATION.md", "TPU_NOTES.md")
+)
 MARKED = re.compile(
     r"(<!-- table:(?P<source>[\w-]+)/(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.S
 )

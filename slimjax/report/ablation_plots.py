@@ -27,6 +27,7 @@ from slimjax.report.samples import distinct, select
 
 MODELS = 3  # panels side by side
 LINES = 8  # in a panel of KL by position
+LABEL = 26  # characters of a line of a label
 
 
 def ablation_plots(records: Sequence[Record]) -> dict[str, tuple[str, Figure]]:
@@ -118,8 +119,14 @@ def _panel(axes: Axes, found: Sequence[Point], names: Sequence[str]) -> list[Ann
         (size, cost.mean): (text, name) for size, cost, text, name in reversed(best)
     }  # of equals the first
     return [
-        label(axes, size, mean, text, look(names, name)[0]) for (size, mean), (text, name) in alone.items()
+        label(axes, size, mean, _folded(text), look(names, name)[0])
+        for (size, mean), (text, name) in alone.items()
     ]
+
+
+def _folded(text: str) -> str:
+    """A long label in two lines, options in the second: a panel is not wide."""
+    return text.replace("(", "\n(", 1) if len(text) > LABEL else text
 
 
 def positions(records: Sequence[Record]) -> Figure | None:
