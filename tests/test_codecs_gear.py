@@ -61,7 +61,7 @@ def test_a_cache_corrects_a_prompt_at_one_rank_and_what_follows_at_the_other(nam
     grow = jax.jit(append, static_argnums=2)
     for part in (x[:, :70], x[:, 70:]):
         cache = grow(cache, {"v": part}, made)
-    tiles = cache.streams["v"].tiles
+    tiles = cache.streams["v"].tiles.tiles()
     columns = np.linalg.norm(np.asarray(tiles.left, np.float64), axis=2)[0]  # [n, K, R]
     assert np.all(columns[:2] > 0.9)
     assert np.all(columns[2, :, 0] > 0.9)

@@ -59,7 +59,7 @@ def integer_tiles(cache, spec, sequence, head):
     found = {}
     for name, stored in cache.streams.items():
         whole = length // made.span * made.span
-        tiles = made.integers(stored.tiles)
+        tiles = made.integers(stored.tiles.tiles())
         codes = [np.asarray(tiles.codes)[sequence, i, :, head].astype(int) for i in range(whole // made.tile)]
         scales = [float(tiles.scale[sequence, i, head]) for i in range(whole // made.tile)]
         buffer, marks = (

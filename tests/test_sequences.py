@@ -80,9 +80,8 @@ def meant(layer, cache):
                 found += [np.asarray(leaf)[sequence, :length] for leaf in jax.tree.leaves(stored.codes())]
                 continue
             windows = int(flushed(own, jnp.asarray(length)))
-            tiles = [
-                leaf[sequence, : windows * own.span // own.tile] for leaf in jax.tree.leaves(stored.tiles)
-            ]
+            codes = jax.tree.leaves(stored.tiles.tiles())
+            tiles = [leaf[sequence, : windows * own.span // own.tile] for leaf in codes]
             buffer = [stored.buffer, *([] if stored.scales is None else [stored.scales])]
             held = [leaf[sequence, : length - windows * own.span] for leaf in buffer]
             universal = [] if stored.scale is None else [stored.scale[sequence]]
@@ -177,7 +176,7 @@ def test_a_prompt_may_come_in_chunks_through_its_cache():
     for at, to in ((0, 33), (33, 75)):
         out, cache = through(x[:, at:to], layer, cache, prompt=True)
     whole = prefilled(x, layer, init_cache(layer.spec, batch=3, capacity=96))[1]
-    first = [jax.tree.map(lambda leaf: leaf[:, 0], each.streams["v"].tiles) for each in (cache, whole)]
+    first = [each.streams["v"].tiles.tiles(0, 1) for each in (cache, whole)]
     jax.tree.map(np.testing.assert_array_equal, *first)
     exact = dataclasses.replace(
         layer, spec=dataclasses.replace(layer.spec, scheme=parse_scheme("kv:float32"))

@@ -106,11 +106,7 @@ def _expanded(cache: Cache, codec: TiledCodec, start: Int[Array, ""] | int, used
     """The tile at ``start`` from tiles; scales of 0 where it is not used: what was not written may hold anything."""
 
     def codes(name: str) -> tuple[Array, Array]:
-        stored = cache.streams[name].tiles
-        index = start // codec.tile
-        found = codec.integers(
-            jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1, axis=1), stored)
-        )
+        found = codec.integers(cache.streams[name].tiles.tiles(start // codec.tile, 1))
         scale = found.scale[:, 0]
         return found.codes[:, 0], _heads(jnp.where(used[:, None], scale, jnp.zeros_like(scale)))
 

@@ -1,8 +1,9 @@
-"""How the codes of token-local codecs lie in a cache: a token's row in one piece, as kernels read it.
+"""How codes lie in a cache: a row in one piece, as kernels read it.
 
 A codec gives [B, T, K, W] arrays, which a TPU lays out in tiles of K by W. Rows of K*W numbers it lays out in tiles of
 tokens by numbers, and a kernel reads them as they lie. What has one number a head (scales), and extra coordinates,
-which are few, would fill 128 lanes with a handful of numbers: there tokens come last.
+which are few, would fill 128 lanes with a handful of numbers: there tokens come last. Of tiles of tokens, all rows of
+all tiles lie one behind the other.
 """
 
 import dataclasses
@@ -78,3 +79,62 @@ def _slots(leaf: Array, start: Int[Array, ""] | int, size: int, axis: int) -> Ar
     return jax.lax.bitcast_convert_type(
         jax.lax.dynamic_slice_in_dim(bits, start, size, axis=axis), leaf.dtype
     )
+
+
+@pytree
+class LaidTiles:
+    """The codes of n tiles, of which each leaf has r rows.
+
+    Attributes:
+        leaves: of the codec's pytree in its order, each [B, n*r, row].
+        shapes: of each leaf behind [B, n].
+        structure: the codec's pytree.
+    """
+
+    leaves: tuple[Array, ...]
+    shapes: tuple[tuple[int, ...], ...] = static()
+    structure: Any = static()
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return self.leaves[0].shape[1] // _rows_of(self.shapes[0])
+
+    def tiles(self, start: Int[Array, ""] | int = 0, count: int | None = None) -> Any:
+        """The codec's pytree, [B, n, ...] leaves, of all tiles or of ``count`` from ``start`` on."""
+        parts = []
+        for leaf, shape in zip(self.leaves, self.shapes, strict=True):
+            rows = _rows_of(shape)
+            part = leaf if count is None else _slots(leaf, start * rows, count * rows, axis=1)
+            parts.append(part.reshape(len(part), -1, *shape))
+        return jax.tree.unflatten(self.structure, parts)
+
+    def written(self, codes: Any, places: Int[Array, "B T"]) -> "LaidTiles":
+        """With new tiles, [B, T, ...] leaves, at these places; a place that does not exist is not written."""
+        sequence = jnp.arange(places.shape[0], dtype=jnp.int32)[:, None]
+
+        def write(leaf: Array, fresh: Array, shape: tuple[int, ...]) -> Array:
+            rows = _rows_of(shape)
+            within = jnp.arange(rows, dtype=jnp.int32)[None, None]
+            at = (places[:, :, None] * rows + within).reshape(len(places), -1)
+            return leaf.at[sequence, at].set(fresh.reshape(*at.shape, -1), mode="drop")
+
+        fresh = jax.tree.leaves(codes)
+        return dataclasses.replace(self, leaves=tuple(map(write, self.leaves, fresh, self.shapes)))
+
+
+def empty_tiles_like(codes: Any) -> LaidTiles:
+    """Zeros for codes of these shapes, [B, n, ...] leaves."""
+    leaves, structure = jax.tree.flatten(codes)
+    shapes = tuple(leaf.shape[2:] for leaf in leaves)
+
+    def zeros(leaf: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> Array:
+        batch, count = leaf.shape[:2]
+        return jnp.zeros((batch, count * _rows_of(shape), math.prod(shape[-2:])), leaf.dtype)
+
+    return LaidTiles(leaves=tuple(map(zeros, leaves, shapes)), shapes=shapes, structure=structure)
+
+
+def _rows_of(shape: tuple[int, ...]) -> int:
+    """Rows of a tile's array: its last two axes are one."""
+    return math.prod(shape[:-2])

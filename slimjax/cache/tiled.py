@@ -17,12 +17,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from slimjax.axes import Lengths
 from slimjax.cache.codecs.base import Role, TiledCodec
+from slimjax.cache.layout import LaidTiles, empty_tiles_like
 from slimjax.pytree import pytree
 
 
 @pytree
 class TiledRows:
-    """Codes of tiles, [B, C/G, ...]; the buffer, [B, W, K, H]; and its scales, or None where it has none.
+    """Codes of tiles, C/G of them; the buffer, [B, W, K, H]; and its scales, or None where it has none.
 
     Invariants: tiles at and past ``flushed`` windows, and buffer slots past the newest token, hold anything.
 
@@ -32,7 +33,7 @@ class TiledRows:
         scales: what each buffer slot was rounded under: the universal scale as it was when the token came.
     """
 
-    tiles: Any
+    tiles: LaidTiles
     buffer: Array
     scale: Float[Array, "B 1 K 1"] | None
     scales: Float[Array, "B W K 1"] | None
@@ -67,7 +68,8 @@ def empty_tiles(codec: TiledCodec, row: tuple[int, int], role: Role, *, batch: i
         scale = codec.buffer_scale(window, jnp.ones(window.shape[:2], bool))
         scales = None if scale is None else jnp.broadcast_to(scale, (batch, codec.span, row[0], 1))
         buffer = codec.hold(window, scales)
-        return TiledRows(tiles=codec.encode_tiles(rows, role), buffer=buffer, scale=scale, scales=scales)
+        tiles = empty_tiles_like(codec.encode_tiles(rows, role))
+        return TiledRows(tiles=tiles, buffer=buffer, scale=scale, scales=scales)
 
     shapes = jax.eval_shape(of, tiles, window)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
@@ -211,16 +213,13 @@ def _from_rows(
 
 
 def _written(
-    tiles: Any, codes: Any, codec: TiledCodec, before: Int[Array, "B"], full: Int[Array, "B"]
-) -> Any:
+    tiles: LaidTiles, codes: Any, codec: TiledCodec, before: Int[Array, "B"], full: Int[Array, "B"]
+) -> LaidTiles:
     """The tiles with those of each sequence's first ``full`` new windows behind its ``before`` old ones, in place."""
     per_window = codec.span // codec.tile
-    batch, count = jax.tree.leaves(codes)[0].shape[:2]
-    total = jax.tree.leaves(tiles)[0].shape[1]
-    index = jnp.arange(count, dtype=jnp.int32)[None, :]
-    target = jnp.where(index < full[:, None] * per_window, before[:, None] * per_window + index, total)
-    sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    return jax.tree.map(lambda held, fresh: held.at[sequence, target].set(fresh, mode="drop"), tiles, codes)
+    index = jnp.arange(jax.tree.leaves(codes)[0].shape[1], dtype=jnp.int32)[None, :]
+    place = before[:, None] * per_window + index
+    return tiles.written(codes, jnp.where(index < full[:, None] * per_window, place, tiles.count))
 
 
 def read_tiles(
@@ -228,10 +227,7 @@ def read_tiles(
 ) -> Float[Array, "B S K H"]:
     """Rows of slots start .. start + size - 1, both multiples of G, from tiles, float32; past these, anything."""
     tile = codec.tile
-    tiles = jax.tree.map(
-        lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start // tile, size // tile, axis=1), stored.tiles
-    )
-    rows = codec.decode_tiles(tiles)
+    rows = codec.decode_tiles(stored.tiles.tiles(start // tile, size // tile))
     return rows.reshape(len(rows), size, *rows.shape[3:])
 
 
