@@ -27,6 +27,7 @@ from slimjax.numerics import MASK, accumulation_dtype
 PUBLISHED = (-0.1025, 0.4626, -0.9922, 0.9996)  # of degree 3, highest power first
 THRESHOLD = 6.0
 DEGREE = 3
+MOST_COMPARED = 16  # entries that are found by comparing, which a TPU can; more are gathered
 _DEGREES = range(1, 9)  # at 8 the error is 2.4e-11; beyond that the least squares lose digits
 
 
@@ -102,17 +103,26 @@ def sas_exp(
     dtype = accumulation_dtype(x.dtype)
     smallest = -math.log(float(jnp.finfo(dtype).tiny))
     limit = min(_checked(threshold), smallest)
-    table = jnp.asarray(np.exp(-np.arange(math.floor(limit) + 1, dtype=np.float64)), dtype)
     wide = x.astype(dtype)
     inside = jnp.clip(wide, 0.0, limit)  # masked scores are too far away for an integer
     whole = jnp.floor(inside)
-    # NaN has no whole part; its fraction is NaN, so any entry will do.
-    entry = jnp.where(jnp.isnan(whole), jnp.zeros_like(whole), whole).astype(jnp.int32)
     fraction, value = inside - whole, jnp.zeros_like(inside)
     for coefficient in coefficients(degree):
         value = value * fraction + coefficient
-    value = jnp.take(table, entry, mode="clip") * value
+    value = _entries(whole, math.floor(limit)) * value
     return jnp.where(wide > limit, jnp.zeros_like(value), value).astype(x.dtype)
+
+
+def _entries(whole: Float[Array, "*S"], last: int) -> Float[Array, "*S"]:
+    """exp(-n) of whole numbers 0 to ``last``. NaN is none; its fraction is NaN, so any entry will do: the first."""
+    table = np.exp(-np.arange(last + 1, dtype=np.float64))
+    if last <= MOST_COMPARED:
+        found = jnp.full_like(whole, table[0])
+        for n in range(1, last + 1):
+            found = jnp.where(whole >= n, jnp.asarray(table[n], whole.dtype), found)
+        return found
+    entry = jnp.where(jnp.isnan(whole), jnp.zeros_like(whole), whole).astype(jnp.int32)
+    return jnp.take(jnp.asarray(table, whole.dtype), entry, mode="clip")
 
 
 def sas(
