@@ -34,7 +34,15 @@ _RESCALES = ("exact", "softmax")
 
 
 @pytree
-class _State:
+class Asked:
+    """Queries in INT8: Q tiles of T, and the tiles' scales per head."""
+
+    codes: Int8Of[Array, "B K G Q T H"]
+    scale: Float[Array, "B K G Q 1 1"]
+
+
+@pytree
+class State:
     """The online softmax: maximum, denominator and weighted sum so far, of every query."""
 
     peak: Float[Array, "B K G Q T 1"]
@@ -120,47 +128,43 @@ class Integer:
         self, q: Queries, tiles: Tiles, slots: int, size: int, rows: int, where: Geometry, spec: DecodeSpec
     ) -> Queries:
         """Tiles of ``size`` slots and of at most ``rows`` queries."""
-        batch, tokens, heads, width = q.shape
-        turned = rotate(where.seeing(q), where.query_positions, spec.position)
-        queries, q_scale = _query_tiles(turned, spec, rows)
-        count, rows = queries.shape[1:3]
-        queries = jnp.transpose(queries, (0, 3, 4, 1, 2, 5))  # once, in the order of the scores
-        shape = (batch, spec.kv_heads, spec.group, count, rows)
-        state = _State(
-            peak=jnp.full((*shape, 1), MASK, jnp.float32),
-            total=jnp.zeros((*shape, 1), jnp.float32),
-            out=jnp.zeros((*shape, width), jnp.float32),
-        )
+        asked = ask(rotate(where.seeing(q), where.query_positions, spec.position), spec, rows)
+
+        def step(state: State, start: Int[Array, ""] | int, count: int) -> State:
+            return self.take(state, asked, tiles(start, count), where, spec, start, count)
+
+        return answer(fold(slots, size, step, begin(asked)), q.shape[1], spec)
+
+    def take(
+        self,
+        state: State,
+        asked: Asked,
+        tiles: tuple[Tile, ...],
+        where: Geometry,
+        spec: DecodeSpec,
+        start: Int[Array, ""] | int,
+        count: int,
+    ) -> State:
+        """One tile of keys, slots start .. start + count - 1 of ``where``, taken into account."""
+
+        def score(tile: Tile) -> Array:
+            met = _int_dot("bkgqth,bskh->bkgqts", asked.codes, tile.k)
+            return met.astype(jnp.float32) * asked.scale * tile.k_scale
+
+        scores, mask = _masked(_chosen(tiles, score), where, spec, start, count)
         exponential = exponential_of(spec.scheme.softmax)
         assert exponential is not None  # refused before
-
-        def step(state: _State, start: Int[Array, ""] | int, count: int) -> _State:
-            found = tiles(start, count)
-
-            def score(tile: Tile) -> Array:
-                return (
-                    _int_dot("bkgqth,bskh->bkgqts", queries, tile.k).astype(jnp.float32)
-                    * q_scale
-                    * tile.k_scale
-                )
-
-            scores, mask = _masked(_chosen(found, score), where, spec, start, count)
-            return self._online(state, scores, mask, found, exponential)
-
-        state = fold(slots, size, step, state)
-        out = state.out / jnp.where(state.total == 0, jnp.ones_like(state.total), state.total)
-        out = out.reshape(batch, heads, count * rows, width)[:, :, :tokens]
-        return jnp.swapaxes(out, 1, 2).astype(spec.dtype)
+        return self._online(state, scores, mask, tiles, exponential)
 
     def _online(
         self,
-        state: _State,
+        state: State,
         scores: Float[Array, "B K G Q T S"],
         mask: Bool[Array, "B #K #G Q T S"],
         tiles: tuple[Tile, ...],
         exponential: Exponential,
-    ) -> _State:
-        """One tile of keys taken into account."""
+    ) -> State:
+        """The same for scores, and which of them are seen."""
         masked = jnp.where(mask, scores, jnp.full_like(scores, MASK))
         peak = jnp.maximum(state.peak, jnp.max(masked, axis=-1, keepdims=True))
 
@@ -179,7 +183,7 @@ class Integer:
             weighed = _int_dot("bkgqts,bskh->bkgqth", codes, tile.v).astype(jnp.float32)
             return weighed * scale * tile.v_scale
 
-        return _State(
+        return State(
             peak=peak,
             total=factor * state.total + jnp.sum(summed, axis=-1, keepdims=True),
             out=factor * state.out + _chosen(tiles, weigh),
@@ -197,10 +201,8 @@ class Integer:
         return jnp.round(p / scale).astype(jnp.int8), scale
 
 
-def _query_tiles(
-    q: Queries, spec: DecodeSpec, tile: int
-) -> tuple[Int8Of[Array, "B Q T K G H"], Float[Array, "B K G Q 1 1"]]:
-    """Queries in tiles of at most ``tile``, padded with zeros, and the tiles' scales per head."""
+def ask(q: Queries, spec: DecodeSpec, tile: int) -> Asked:
+    """Rotated queries in tiles of at most ``tile``, padded with zeros."""
     batch, tokens, heads, width = q.shape
     rows = min(tile, tokens)
     count = -(-tokens // rows)
@@ -208,7 +210,26 @@ def _query_tiles(
     codes, scale = quantise(padded.reshape(batch, count, rows, heads, width))
     grouped = codes.reshape(batch, count, rows, spec.kv_heads, spec.group, width)
     scales = jnp.moveaxis(scale.reshape(batch, count, spec.kv_heads, spec.group), 1, 3)
-    return grouped, scales[..., None, None]
+    # Once, in the order of the scores.
+    return Asked(codes=jnp.transpose(grouped, (0, 3, 4, 1, 2, 5)), scale=scales[..., None, None])
+
+
+def begin(asked: Asked) -> State:
+    """Nothing taken yet."""
+    shape = asked.codes.shape[:-1]
+    return State(
+        peak=jnp.full((*shape, 1), MASK, jnp.float32),
+        total=jnp.zeros((*shape, 1), jnp.float32),
+        out=jnp.zeros(asked.codes.shape, jnp.float32),
+    )
+
+
+def answer(state: State, tokens: int, spec: DecodeSpec) -> Queries:
+    """What was taken, divided by its denominators, for the first ``tokens`` queries; in ``spec.dtype``."""
+    out = state.out / jnp.where(state.total == 0, jnp.ones_like(state.total), state.total)
+    batch, kv_heads, group, count, rows, width = out.shape
+    out = out.reshape(batch, kv_heads * group, count * rows, width)[:, :, :tokens]
+    return jnp.swapaxes(out, 1, 2).astype(spec.dtype)
 
 
 def _masked(

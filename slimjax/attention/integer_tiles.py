@@ -72,10 +72,7 @@ def _now(cache: Cache, codec: TiledCodec) -> Tiles:
     span, before = codec.span, flushed(codec, cache.length)
     slots = jnp.arange(span, dtype=jnp.int32)[None, :] + before[:, None] * span
     there = slots < cache.length[:, None]
-    marks = cache.streams["v"].scales
-    assert marks is not None  # an integer buffer has them
-    largest = jnp.max(jnp.where(there[:, :, None, None], marks, jnp.zeros_like(marks)), axis=1)
-    reference = largest[:, :, 0][:, None, :]
+    reference = _largest(_slots(cache.streams["v"], 0, span), there)
 
     def tiles(start: Int[Array, ""] | int, count: int) -> tuple[Tile, ...]:
         old = _expanded(cache, codec, start, start < cache.length)
@@ -90,6 +87,37 @@ def _now(cache: Cache, codec: TiledCodec) -> Tiles:
         return (jax.tree.map(choose, held, old),)
 
     return tiles
+
+
+def buffer_tiles(
+    cache: Cache, codec: TiledCodec, positions: Int[Array, "B T"]
+) -> tuple[Lengths, Bool[Array, "B 1 T S"], tuple[Tile, ...]]:
+    """What queries find in the buffer, for who reads encoded tiles by itself.
+
+    Returns:
+        The slot of the first token, which of the S slots from there on each query finds there and not in tiles, and
+        the slots' codes, tile by tile.
+    """
+    span, size = codec.span, codec.tile
+    first, lines = flushed(codec, cache.length) * span, {}
+    if cache.recent is None:
+        lines = {name: _slots(stored, 0, span) for name, stored in cache.streams.items()}
+    else:
+        first, lines = cache.recent.first, cache.recent.lines
+    slots = first[:, None] + jnp.arange(lines["v"].codes.shape[1], dtype=jnp.int32)[None, :]
+    there = slots < cache.length[:, None]
+    mine = jnp.broadcast_to(there[:, None], (len(slots), positions.shape[1], slots.shape[1]))
+    if cache.recent is None:
+        reference = _largest(lines["v"], there)
+    else:
+        mine = mine & ~(slots[:, None] // span < flushed(codec, positions + 1)[:, :, None])
+        reference = _so_far(lines["v"], first, positions, span)
+
+    def tile(start: int) -> Tile:
+        k, v = (jax.tree.map(lambda each: each[:, start : start + size], lines[name]) for name in "kv")
+        return _held(k, v, reference, there[:, start : start + size], None)
+
+    return first, mine[:, None], tuple(tile(start) for start in range(0, slots.shape[1], size))
 
 
 def _slots(stored: TiledRows, start: Int[Array, ""] | int, count: int) -> Line:
@@ -134,6 +162,13 @@ def _held(
     # A scale of 0 is that of zeros: any share will do.
     share = jnp.where((own == 0) | (v_scale == 0), 1.0, own / jnp.where(v_scale == 0, 1.0, v_scale))
     return Tile(k=k.codes, v=v.codes, k_scale=token(k.scales), v_scale=v_scale, share=share, mine=mine)
+
+
+def _largest(line: Line, there: Bool[Array, "B S"]) -> Float[Array, "B 1 K"]:
+    """The largest scale of a buffer's tokens."""
+    assert line.scales is not None  # an integer buffer has them
+    marks = line.scales[..., 0]
+    return jnp.max(jnp.where(there[:, :, None], marks, jnp.zeros_like(marks)), axis=1, keepdims=True)
 
 
 def _so_far(line: Line, first: Lengths, positions: Int[Array, "B T"], span: int) -> Float[Array, "B T K"]:
