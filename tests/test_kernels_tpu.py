@@ -273,7 +273,7 @@ REFUSED = [
     (Case("kv:kivi4"), "codec kivi has no kernel"),
     (Case("kv:fp16"), "codec fp16 has no kernel"),
     (Case("kv:bf16@sas"), "softmax sas has no kernel"),
-    (Case("kv:flashq4"), "compute mode int8 has no kernel"),
+    (Case("kv:bf16#int8"), "compute mode int8 has no kernel"),
     (Case("kv:bf16", dtype="float16"), "float16 is none of a TPU's"),
     (Case("kv:bf16", position="t5"), "position scheme 't5' has no kernel"),
     (Case("k2:int8"), "one scale for all heads"),

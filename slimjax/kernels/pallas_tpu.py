@@ -14,6 +14,7 @@ from slimjax.cache import Cache
 from slimjax.kernels.combine import combine
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import VMEM, Tiles, choose
+from slimjax.kernels.tpu import flashq_decode
 from slimjax.kernels.tpu.generations import Generation, running
 from slimjax.kernels.tpu.operands import angles, operands
 from slimjax.kernels.tpu.rows import attend_rows, memory
@@ -28,6 +29,7 @@ def decode(
     start: Lengths,
     *,
     tiles: Tiles | None = None,
+    generation: Generation | None = None,
     interpret: Any = None,
 ) -> Queries:
     """As ``slimjax.decode``.
@@ -35,23 +37,61 @@ def decode(
     Args:
         q, cache, weights, spec, start: as there; ``start`` is the position of each sequence's first query.
         tiles: None: as long as fast memory allows (``kernels.tiles``).
+        generation: of the TPU; None: the one in use.
         interpret: as of ``pallas_call``; None: only where there is no TPU.
 
     Raises:
         NotImplementedError: what the kernels do not serve, with the reason.
     """
+    if interpret is None:
+        interpret = jax.default_backend() != "tpu"
+    way = _decode_tiles if flashq_decode.serves(spec) else _decode_rows
+    out = way(q, cache, weights, spec, start, tiles, generation or running(), interpret)
+    return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+
+
+def _decode_rows(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    start: Lengths,
+    tiles: Tiles | None,
+    generation: Generation | None,
+    interpret: Any,
+) -> Queries:
     given, rules = operands(q, cache, weights, spec, start)
-    chosen = choose(cache.capacity, memory(given, rules), tiles=tiles, vmem=_vmem(running()))
+    chosen = choose(cache.capacity, memory(given, rules), tiles=tiles, vmem=_vmem(generation))
     if given.turned is not None:
         blocks = math.ceil(cache.capacity / chosen.block)
         given = dataclasses.replace(given, angles=angles(spec, chosen.block, blocks))
-    if interpret is None:
-        interpret = jax.default_backend() != "tpu"
     mixed, _ = combine(*attend_rows(given, rules, chosen, interpret=interpret))
     batch, tokens, heads, _ = q.shape
     rows = mixed[:, : tokens * heads].reshape(batch, tokens, heads, -1)
-    out = basis(spec).finish(rows, weights, spec).astype(spec.dtype)
-    return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+    return basis(spec).finish(rows, weights, spec).astype(spec.dtype)
+
+
+def _decode_tiles(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    start: Lengths,
+    tiles: Tiles | None,
+    generation: Generation | None,
+    interpret: Any,
+) -> Queries:
+    chosen = _flashq_tiles(q, cache, spec, tiles, generation)
+    int8 = generation is None or generation.int8
+    return flashq_decode.decode_tiles(q, cache, weights, spec, start, chosen, int8=int8, interpret=interpret)
+
+
+def _flashq_tiles(
+    q: Queries, cache: Cache, spec: DecodeSpec, tiles: Tiles | None, generation: Generation | None
+) -> Tiles:
+    if reason := flashq_decode.refusal(spec):
+        raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
+    return flashq_decode.tiles_for(spec, cache.capacity, q.shape[1], tiles, _vmem(generation))
 
 
 def tiles_of(
@@ -61,6 +101,9 @@ def tiles_of(
 
     Raises NotImplementedError as ``decode`` does.
     """
+
+    if flashq_decode.serves(spec):
+        return _flashq_tiles(q, cache, spec, None, generation or running())
 
     def look(q: Queries, cache: Cache, weights: DecodeWeights) -> None:
         nonlocal found

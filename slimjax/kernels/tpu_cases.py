@@ -16,7 +16,7 @@ from slimjax.kernels import pallas_tpu
 from slimjax.kernels.shapes import SHAPES
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import Tiles
-from slimjax.kernels.tpu import online
+from slimjax.kernels.tpu import flashq, online
 from slimjax.kernels.tpu.generations import GENERATIONS
 
 
@@ -69,7 +69,8 @@ class Case:
 BATCH, CAPACITY = 16, 8192  # of the caches: at real widths each array of rows is larger than any VMEM
 HEADED, ROPE = ("kv:bf16", "kv:int8", "k2:bf16", "k2:int16+16"), ("smollm2-1.7b", "llama-2-7b", "tiny-rope")
 LATENT, CROSS = ("e2:bf16",), ("whisper-large-cross", "t5-11b-cross")
-APPENDED = ("kv:bf16", "k2:int16+16")
+TILED = ("kv:flashq4", "kv:flashq2", "kv:flashq8", "kv:flashq2-4@sas")
+APPENDED = ("kv:bf16", "k2:int16+16", "kv:flashq4")
 IN_CI = 1  # shapes of each that is read
 
 
@@ -84,7 +85,7 @@ def build_rows(generation: str, *, scheme: str, shape: str, tokens: int = 1) -> 
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in held]
     widths = [math.prod(stream.rows[0]) for stream in cache.streams.values()]
     return Program(
-        function=functools.partial(_decode, spec=spec, tiles=tiles),
+        function=functools.partial(_decode, spec=spec, tiles=tiles, generation=generation),
         specs=specs,
         name="slimjax_rows",
         tiles=tiles.block * sum(widths) / 128**2,
@@ -92,6 +93,27 @@ def build_rows(generation: str, *, scheme: str, shape: str, tokens: int = 1) -> 
         cached=_told(sizes[0]),
         running=1,  # of: begin, a full block, a ragged one, the end
         trips=online.trips(max(widths)),
+    )
+
+
+def build_tiles(generation: str, *, scheme: str, shape: str) -> Program:
+    """The kernel of FlashQ's tiles on a full cache, and the buffer behind it."""
+    spec = SHAPES[shape].spec(scheme, "bfloat16")
+    cache = _cache(spec)
+    query: Any = jax.ShapeDtypeStruct((BATCH, 1, spec.heads, spec.head_dim), jnp.bfloat16)
+    specs = (query, cache, _weights(spec), jax.ShapeDtypeStruct((BATCH,), jnp.int32))
+    tiles = pallas_tpu.tiles_of(*specs[:3], spec, GENERATIONS[generation])
+    held = [leaf for stream in cache.streams.values() for leaf in stream.tiles.leaves]
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in held]
+    return Program(
+        function=functools.partial(_decode, spec=spec, tiles=tiles, generation=generation),
+        specs=specs,
+        name="slimjax_flashq",
+        tiles=tiles.block * 2 * spec.key_width / 128**2,
+        bytes=sum(sizes) * tiles.block // (BATCH * CAPACITY),
+        cached=_told(max(sizes)),
+        running=1,  # of: begin, a block
+        trips=flashq.trips(spec.kv_heads, spec.head_dim, spec.group),
     )
 
 
@@ -119,8 +141,11 @@ def _cache(spec: DecodeSpec) -> Cache:
     return jax.eval_shape(lambda: empty(streams, codec, batch=BATCH, capacity=CAPACITY))
 
 
-def _decode(q: Any, cache: Any, weights: Any, start: Any, *, spec: DecodeSpec, tiles: Tiles) -> Any:
-    return pallas_tpu.decode(q, cache, weights, spec, start, tiles=tiles, interpret=False)
+def _decode(
+    q: Any, cache: Any, weights: Any, start: Any, *, spec: DecodeSpec, tiles: Tiles, generation: str
+) -> Any:
+    found = GENERATIONS[generation]
+    return pallas_tpu.decode(q, cache, weights, spec, start, tiles=tiles, generation=found, interpret=False)
 
 
 def _weights(spec: DecodeSpec) -> DecodeWeights:
@@ -140,8 +165,12 @@ def _weights(spec: DecodeSpec) -> DecodeWeights:
 def cases() -> tuple[Case, ...]:
     """All of them, in the order of the table."""
     reading = [
-        Case(kernel=scheme, shape=shape, build=_build(build_rows, scheme, shape), ci=place < IN_CI)
-        for schemes, shapes in ((HEADED, ROPE), (LATENT, CROSS))
+        Case(kernel=scheme, shape=shape, build=_build(build, scheme, shape), ci=place < IN_CI)
+        for build, schemes, shapes in (
+            (build_rows, HEADED, ROPE),
+            (build_rows, LATENT, CROSS),
+            (build_tiles, TILED, ROPE),
+        )
         for scheme in schemes
         for place, shape in enumerate(shapes)
     ]

@@ -19,6 +19,7 @@ class Generation:
         clock: Hz; for v7x inferred from its peak rates, not published.
         vmem: bytes a core.
         scoped: bytes of it that a kernel may take that asks for no other limit.
+        int8: whether its matrix unit multiplies INT8.
     """
 
     topology: str
@@ -28,6 +29,7 @@ class Generation:
     clock: float
     vmem: int
     scoped: int
+    int8: bool
 
     @property
     def room(self) -> int:
@@ -48,6 +50,7 @@ GENERATIONS = {
         clock=1.05e9,
         vmem=16 * MIB,
         scoped=16 * MIB,
+        int8=False,
     ),
     "v5e": Generation(
         topology="v5e:2x2",
@@ -57,6 +60,7 @@ GENERATIONS = {
         clock=1.5e9,
         vmem=128 * MIB,
         scoped=16 * MIB,
+        int8=True,
     ),
     "v5p": Generation(
         topology="v5p:2x2x1",
@@ -66,6 +70,7 @@ GENERATIONS = {
         clock=1.75e9,
         vmem=64 * MIB,
         scoped=16 * MIB,
+        int8=True,
     ),
     "v6e": Generation(
         topology="v6e:2x2",
@@ -75,6 +80,7 @@ GENERATIONS = {
         clock=1.75e9,
         vmem=128 * MIB,
         scoped=32 * MIB,
+        int8=True,
     ),
     "v7x": Generation(
         topology="tpu7x:2x2x1",
@@ -84,6 +90,7 @@ GENERATIONS = {
         clock=1.9e9,
         vmem=64 * MIB,
         scoped=32 * MIB,
+        int8=False,
     ),
 }
 

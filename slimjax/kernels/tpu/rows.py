@@ -74,7 +74,7 @@ def attend_rows(
     if rules.window is not None and rules.causal:  # blocks that T windows, one behind the other, can touch
         most = min(blocks, math.ceil((rules.window + rules.tokens) / block) + 1)
     steps = math.ceil(most / tiles.splits)
-    place = functools.partial(_place, rules=rules, block=block, blocks=blocks, steps=steps)
+    place = functools.partial(locate, rules=rules, block=block, blocks=blocks, steps=steps)
     arrays, specs = _inputs(operands, block, lambda *at: place(*at)[1])
     answer = sum(_answers(operands, rules))
 
@@ -160,7 +160,7 @@ def _answers(operands: Operands, rules: Rules) -> list[int]:
     return widths if rules.keys_weigh else [width // rules.kv_heads for width in widths]
 
 
-def _place(
+def locate(
     b: Any, s: Any, j: Any, length: Any, first: Any, *, rules: Rules, block: int, blocks: int, steps: int
 ) -> tuple[Any, Any]:
     """The block that a grid step stands for, and the one that it copies: past the last, that one again."""

@@ -1,0 +1,247 @@
+"""``decode`` of a FlashQ cache on TPU: its tiles by a kernel (``flashq``), its buffer as the reference reads it."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32
+
+from slimjax.attention.compute import compute_of, compute_text
+from slimjax.attention.integer import Asked, Integer, State, answer, ask
+from slimjax.attention.integer_tiles import buffer_tiles
+from slimjax.attention.positions import alibi_slopes, rotate
+from slimjax.attention.projections import DecodeWeights
+from slimjax.attention.reference import geometry
+from slimjax.axes import Lengths, Queries
+from slimjax.cache import Cache, TiledCodec, codec_of
+from slimjax.cache.codecs.flashq import FlashQ, FlashQTiles
+from slimjax.cache.codecs.mixed import MixedTiles, Pair
+from slimjax.cache.tiled import flushed
+from slimjax.kernels.spec import DecodeSpec
+from slimjax.kernels.tiles import SHARE, Tiles
+from slimjax.kernels.tpu.flashq import Section, Static, Stream, at_once, attend_tiles, together
+from slimjax.kernels.tpu.online import LANES, Rules
+from slimjax.pytree import pytree
+
+COUNTS = (
+    8,
+    16,
+    32,
+)  # tiles of a block: fewer have fewer rows to drop, and parts of theirs have to fill lanes
+
+
+def serves(spec: DecodeSpec) -> bool:
+    """Whether a spec is of this kind, refused or not."""
+    return _widths(codec_of(spec.scheme)) is not None and spec.scheme.basis == "kv"
+
+
+def _widths(codec: object) -> tuple[FlashQ, ...] | None:
+    """The widths of a FlashQ codec, or None of another."""
+    parts = (codec.few, codec.many) if isinstance(codec, MixedTiles) else (codec,)
+    found = tuple(part for part in parts if isinstance(part, FlashQ))
+    return found if len(found) == len(parts) else None
+
+
+def refusal(spec: DecodeSpec) -> str | None:
+    """Why the kernel cannot serve a spec that ``serves``, or None."""
+    widths = _widths(codec_of(spec.scheme)) or ()
+    if any(part.bits == 3 for part in widths):
+        return "codes of 3 bits have no kernel; use 2, 4, 8 or 2-4"
+    if (mode := compute_of(spec)) and not isinstance(mode, Integer):
+        return f"compute mode {compute_text(spec.scheme)} of FlashQ's tiles has no kernel; it has int8"
+    if reason := compute_of(spec).refusal(spec):
+        return reason
+    if spec.position.kind not in ("none", "learned", "rope", "alibi"):
+        return f"position scheme {spec.position.kind!r} has no kernel over FlashQ's tiles"
+    return None
+
+
+def decode_tiles(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    start: Lengths,
+    tiles: Tiles,
+    *,
+    int8: bool,
+    interpret: Any,
+) -> Queries:
+    """As ``slimjax.decode``; ``int8``: products of INT8, else of bfloat16, which have the same sums."""
+    codec, integer = codec_of(spec.scheme), compute_of(spec)
+    assert isinstance(codec, TiledCodec)
+    assert isinstance(integer, Integer)  # others are refused
+    tokens = q.shape[1]
+    positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
+    asked = ask(rotate(q.astype(spec.dtype), positions, spec.position), spec, 1)
+    limit = _in_tiles(cache, codec, positions, spec)
+    fixed = Static(
+        rules=_rules(spec, tokens),
+        integer=integer,
+        softmax=spec.scheme.softmax,
+        tile=codec.tile,
+        dtype="int8" if int8 else "bfloat16",
+    )
+    sections = _sections(asked, cache, codec, spec)
+    states = attend_tiles(
+        jnp.max(limit, axis=1), start, limit.reshape(-1), sections, fixed, tiles, interpret=interpret
+    )
+    state = _state(states, sections, asked)
+    first, mine, buffer = buffer_tiles(cache, codec, positions)
+    slots = jnp.arange(mine.shape[3], dtype=jnp.int32)
+    where = geometry(positions - first[:, None], slots, cache.length - first, weights.position, spec)
+    where = where.without_padding(cache.length - first, spec).restrict(mine)
+    for index, tile in enumerate(buffer):
+        state = integer.take(state, asked, (tile,), where, spec, index * codec.tile, codec.tile)
+    return answer(state, tokens, spec)
+
+
+def tiles_for(spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None, vmem: int) -> Tiles:
+    """The tiles asked for, else the fewest of ``COUNTS`` whose packed parts fill lanes. Raises NotImplementedError as
+    ``kernels.tiles.choose`` does, and where tiles asked for are not whole FlashQ tiles, 8 or a multiple.
+    """
+    codec = codec_of(spec.scheme)
+    widths = _widths(codec)
+    assert widths is not None
+    size = widths[0].tile
+    if tiles is None:
+        parts = [size * part.bits // 8 for part in widths]
+        count = next((n for n in COUNTS if all(n * part % LANES == 0 for part in parts)), COUNTS[-1])
+        tiles = Tiles(block=count * size, vmem=vmem)
+    if tiles.block % (8 * size):
+        raise NotImplementedError(
+            f"{tiles.block=}: the kernel takes 8 FlashQ tiles of {size} tokens at once, or 16, ..."
+        )
+    taken = _memory(spec, widths, tiles.block, tokens)
+    if taken > SHARE * tiles.vmem:
+        raise NotImplementedError(
+            f"{tiles.block} tokens take {taken:,} bytes of VMEM with their queries and sums, more than "
+            f"{int(SHARE * tiles.vmem):,}"
+        )
+    return tiles
+
+
+def _memory(spec: DecodeSpec, widths: tuple[FlashQ, ...], block: int, tokens: int) -> int:
+    """Bytes of VMEM: blocks, queries and states twice, and what is made of the columns at work."""
+    queries, size, wide = spec.group * tokens, widths[0].tile, spec.key_width
+    bits = max(part.bits for part in widths)
+    blocks = 2 * block * wide * bits // 8 + 4 * block // size * (wide + 2 * LANES)
+    rows = math.ceil(queries / 8) * 8
+    states = 2 * rows * wide * 4 + 3 * spec.kv_heads * rows * LANES * 4
+    heads = together(spec.kv_heads, spec.head_dim) * at_once(spec.kv_heads, spec.head_dim, queries)
+    scores = 6 * heads * queries * (block // size) * block * 4
+    return 2 * (blocks + states) + 8 * block * heads * spec.head_dim + scores
+
+
+def _rules(spec: DecodeSpec, tokens: int) -> Rules:
+    return Rules(
+        heads=spec.heads,
+        tokens=tokens,
+        kv_heads=spec.kv_heads,
+        keys_weigh=False,
+        scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
+        softcap=spec.softcap,
+        window=spec.window,
+        causal=spec.causal,
+    )
+
+
+def _in_tiles(
+    cache: Cache, codec: TiledCodec, positions: Int[Array, "B T"], spec: DecodeSpec
+) -> Int32[Array, "B T"]:
+    """Tokens that each query finds in tiles; none where it is padding behind the sequence."""
+    windows = jnp.broadcast_to(flushed(codec, cache.length)[:, None], positions.shape)
+    if cache.recent is not None:
+        windows = jnp.minimum(windows, flushed(codec, positions + 1))
+    if spec.causal:
+        windows = jnp.where(positions < cache.length[:, None], windows, 0)
+    return (windows * codec.span).astype(jnp.int32)
+
+
+def _sections(asked: Asked, cache: Cache, codec: TiledCodec, spec: DecodeSpec) -> tuple[Section, ...]:
+    """Heads of each width, with what they read."""
+    held = {
+        name: jax.tree.unflatten(each.tiles.structure, each.tiles.leaves)
+        for name, each in cache.streams.items()
+    }
+    batch, kv_heads, group, tokens, _, size = asked.codes.shape
+    queries = group * tokens
+    codes = asked.codes.reshape(batch, kv_heads, queries, size).astype(jnp.float32)
+    scale = asked.scale.reshape(batch, kv_heads, queries)
+    slopes = None
+    if spec.position.kind == "alibi":
+        each = np.repeat(alibi_slopes(spec.heads), tokens).reshape(1, kv_heads, queries)
+        slopes = jnp.asarray(each, jnp.float32)
+    found, first = [], 0
+    for part in _parts(held, codec):
+        heads = part["k"].scale.shape[2]
+        mine = slice(first, first + heads)
+        lanes = heads // together(heads, size)
+        found.append(
+            Section(
+                q=jnp.moveaxis(codes[:, mine], 1, 2).reshape(batch, queries, heads * size),
+                q_scale=_on_lanes(scale[:, mine], lanes),
+                slopes=None if slopes is None else _on_lanes(slopes[:, mine], lanes)[0],
+                k=_stream(part["k"]),
+                v=_stream(part["v"]),
+                bits=part["k"].bits,
+            )
+        )
+        first += heads
+    return tuple(found)
+
+
+def _parts(held: dict[str, Any], codec: TiledCodec) -> list[dict[str, FlashQTiles]]:
+    """Keys and values of the heads with fewer bits, and of the others."""
+    if not isinstance(codec, MixedTiles):
+        return [held]
+    parts: list[dict[str, Any]] = [
+        {name: getattr(pair, width) for name, pair in held.items() if isinstance(pair, Pair)}
+        for width in ("few", "many")
+    ]
+    return [part for part in parts if part["k"] is not None]
+
+
+def _stream(tiles: FlashQTiles) -> Stream:
+    return Stream(packed=tiles.packed, step=tiles.step, low=tiles.low, scale=tiles.scale)
+
+
+def _on_lanes(rows: Float[Array, "B K R"], groups: int) -> Float[Array, "B groups hR 128"]:
+    flat = rows.reshape(rows.shape[0], groups, -1, 1)
+    return jnp.broadcast_to(flat, (*flat.shape[:3], LANES))
+
+
+@pytree
+class _Part:
+    """A section's state, parts of the sequence first."""
+
+    peak: Float[Array, "P B K R 1"]
+    total: Float[Array, "P B K R 1"]
+    out: Float[Array, "P B K R H"]
+
+
+def _state(states: list[tuple[Array, Array, Array]], sections: tuple[Section, ...], asked: Asked) -> State:
+    """Of all heads and parts; a part counts by how far its peak lies below the highest."""
+
+    def part(state: tuple[Array, Array, Array], section: Section) -> _Part:
+        peak, total, out = state
+        lead, queries = peak.shape[:2], out.shape[2]
+
+        def rows(x: Array) -> Array:
+            return x[..., :1].reshape(*lead, section.heads, queries, 1)
+
+        heads = out.reshape(*lead, queries, section.heads, -1)
+        return _Part(peak=rows(peak), total=rows(total), out=jnp.moveaxis(heads, 3, 2))
+
+    parts = [part(*each) for each in zip(states, sections, strict=True)]
+    whole = jax.tree.map(lambda *each: jnp.concatenate(each, axis=2), *parts)
+    peak = jnp.max(whole.peak, axis=0)
+    share = jnp.exp(whole.peak - peak[None])
+    shape = asked.codes.shape[:-1]
+    return State(
+        peak=peak.reshape(*shape, 1),
+        total=jnp.sum(whole.total * share, axis=0).reshape(*shape, 1),
+        out=jnp.sum(whole.out * share, axis=0).reshape(asked.codes.shape),
+    )
