@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.compilation import keep_compiled
 from experiments.directory import Refused, RunDirectory, claim
+from experiments.memory import keep_memory
 from experiments.settings import Cell, Plan, Unit
 from experiments.sweep import Sweep, cells, run_here, set_aside
 from experiments.worker import run_apart
@@ -71,6 +72,8 @@ def execute(plan: Plan, units: Sequence[Unit], directory: RunDirectory, jobs: in
     result = directory.result
     sweep = None
     if result is None:
+        if not getattr(plan.experiment, "ALONE", False):  # times are taken as any process takes them
+            keep_memory()
         print(f"compiled programs: {keep_compiled() or 'not kept'}", flush=True)
         sweep = Sweep(plan.experiment, plan.config, units, directory, jobs)
         if jobs:

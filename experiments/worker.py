@@ -22,6 +22,7 @@ from typing import Any
 
 from experiments.compilation import keep_compiled
 from experiments.directory import WORKERS, Refused, RunDirectory, source_hash
+from experiments.memory import keep_memory
 from experiments.settings import Unit
 from experiments.stopping import Terminated, hush_late_writes, withheld
 from experiments.sweep import Outcome, Sweep, cells, outcomes
@@ -51,8 +52,10 @@ def work(pipe: Connection, module: str, config: Any, directory: RunDirectory) ->
                 ("refused", "the source changed while the run was at work; the same command starts over")
             )
             return
-        keep_compiled()
         experiment: Any = importlib.import_module(module)
+        if not getattr(experiment, "ALONE", False):  # times are taken as any process takes them
+            keep_memory()
+        keep_compiled()
         try:
             try:
                 while (unit := pipe.recv()) is not None:
