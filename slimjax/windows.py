@@ -87,17 +87,26 @@ class Exact:
     bits_per_byte: float
 
     @functools.cached_property
-    def calibration_inputs(self) -> tuple[np.ndarray, ...]:
-        """Of every layer what attention is given of the calibration tokens, [C, T, D], float32."""
+    def _calibrated(self) -> list[tuple[np.ndarray, ...]]:
+        return []
+
+    def calibration_inputs(self, count: int | None = None) -> list[tuple[np.ndarray, ...]]:
+        """Of the first ``count`` calibration windows, or all, what attention is given in every layer, [1, T, D] each.
+
+        A window is read once, and only when asked for: heads are chosen on a part of them.
+        """
+        found = self._calibrated
         graph, params = nnx.split(self.model)
-        found = [_inputs(graph, params, jnp.asarray(window[None])) for window in self.calibration]
-        return tuple(np.concatenate([np.asarray(x) for x in layer]) for layer in zip(*found, strict=True))
+        for window in self.calibration[len(found) : count]:
+            layers = _inputs(graph, params, jnp.asarray(window[None]))
+            found.append(tuple(np.asarray(layer) for layer in layers))
+        return found[:count]
 
     @functools.cached_property
     def calibrations(self) -> tuple[Calibration, ...]:
         """Of every layer, from the calibration tokens. Raises ValueError where those are fewer than five windows."""
-        inputs = self.calibration_inputs
-        return collect(([x[index] for x in inputs] for index in range(len(self.calibration))), len(inputs))
+        windows = self.calibration_inputs()
+        return collect(([x[0] for x in layers] for layers in windows), len(self.model.blocks))
 
     @functools.cached_property
     def _orders(self) -> dict[Any, np.ndarray]:
@@ -112,7 +121,7 @@ class Exact:
             attention = self.model.blocks[index].attention
             spec = attention.decode_spec(scheme, "float32")
             count = max(1, HEAD_TOKENS // self.calibration.shape[1])
-            x = jnp.asarray(self.calibration_inputs[index][:count])
+            x = jnp.concatenate([layers[index] for layers in self.calibration_inputs(count)])
             self._orders[key] = head_order(x, attention.projections(), spec, selector, seed=(seed, index))
         return self._orders[key]
 

@@ -212,6 +212,21 @@ def test_an_order_is_found_once(exact, monkeypatch):
     assert [named["seed"] for named in asked] == [(0, 1), (0, 1), (0, 2)]
 
 
+def test_heads_are_chosen_on_the_first_calibration_windows_and_no_more_are_read(exact, monkeypatch):
+    fresh = dataclasses.replace(exact)
+    monkeypatch.setattr(windows, "HEAD_TOKENS", 2 * exact.calibration.shape[1] + 1)
+    scheme = parse_scheme("kv:flashq2-4/32")
+    order = fresh.order(0, scheme, "minmax", 0)
+    assert len(fresh._calibrated) == 2
+    few = head_orders(exact.model, exact.calibration[:2], str(scheme), "minmax")
+    assert order.tolist() == few[0].tolist()
+    whole = exact.model.attention_inputs(exact.calibration)
+    read = fresh.calibration_inputs()
+    assert len(read) == len(exact.calibration) == len(fresh._calibrated)
+    for index, layer in enumerate(whole):
+        np.testing.assert_allclose(np.concatenate([window[index] for window in read]), layer, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_cells_of_one_shape_share_their_compilation(exact):
     """Which heads have few bits is in the weights' order, not in the program."""
