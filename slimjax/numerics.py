@@ -84,7 +84,10 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _pair(value: jax.typing.ArrayLike, reference: jax.typing.ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64 numpy arrays of one shape. Raises ValueError where the shapes differ."""
-    a, b = np.asarray(value).astype(np.float64), np.asarray(reference).astype(np.float64)
+    a, b = (
+        np.asarray(value).astype(np.float64, copy=False),
+        np.asarray(reference).astype(np.float64, copy=False),
+    )
     if a.shape != b.shape:
         raise ValueError(f"a metric needs two arrays of one shape, got {a.shape=} and {b.shape=}")
     return a, b
