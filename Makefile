@@ -43,6 +43,7 @@ quickstart: $(STAMP)-run ## train a small model on real text, convert its caches
 RUN = "$(BIN)/python" -m experiments.run
 # Processes that measure cells side by side, each on its share of the cores and with about 3 GB: make JOBS=4 reproduce.
 JOBS ?= 2
+# A cell that several tables have is measured for the first of them alone.
 # All tables in one page, and their cells, whichever table they are of, as points of bytes and KL.
 REPORT = "$(BIN)/python" -m experiments.report
 ABLATION := configs/ablation
@@ -62,12 +63,13 @@ SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps =
 reproduce: $(STAMP)-gguf models ## the tables of the comparison, into results/ablation (goes on where it stopped)
 	$(RUN) $(ABLATION)/lm.gin --out $(LM)
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table; done
-	for table in $(TABLES); do \
+	known=; for table in $(TABLES); do \
 	  trained="'$(LM)',"; \
 	  case " $(ASKED) " in *" $$table "*) [ ! -d $(REASONING)/models ] || trained="$$trained '$(REASONING)',";; esac; \
 	  only=(); [ $$table != pareto ] || only=(--set "Compare.models = ()"); \
-	  $(RUN) $(ABLATION)/$$table.gin --set "Compare.trained = ($$trained)" "$${only[@]}" \
-	    --out results/ablation/$$table --jobs $(JOBS) $(ARGS); \
+	  $(RUN) $(ABLATION)/$$table.gin --set "Compare.trained = ($$trained)" --set "Compare.known = ($$known)" \
+	    "$${only[@]}" --out results/ablation/$$table --jobs $(JOBS) $(ARGS); \
+	  known="$$known 'results/ablation/$$table',"; \
 	done
 	$(RUN) $(ABLATION)/context.gin --out results/ablation/context --jobs $(JOBS) $(ARGS)
 	$(RUN) $(ABLATION)/context.gin $(CONTEXT) --set "Compare.trained = ('$(LM)',)" \
@@ -81,9 +83,10 @@ reasoning: $(STAMP)-run ## train the model that solves a task, whose answers `ma
 reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, shorter windows and fewer tokens
 	$(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table; done
-	for table in $(TABLES); do \
+	known=; for table in $(TABLES); do \
 	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.prompt = 128" --set "Compare.tokens = 1024" \
-	    --out results/ablation-fast/$$table --jobs $(JOBS) $(ARGS); \
+	    --set "Compare.known = ($$known)" --out results/ablation-fast/$$table --jobs $(JOBS) $(ARGS); \
+	  known="$$known 'results/ablation-fast/$$table',"; \
 	done
 	$(RUN) $(ABLATION)/context.gin $(FAST) --set "Compare.prompt = 64" --set "Compare.tokens = 1152" \
 	  --out results/ablation-fast/context --jobs $(JOBS) $(ARGS)

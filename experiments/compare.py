@@ -6,7 +6,7 @@ The exact model is run once for all cells of a model. Maps and heads are chosen 
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from experiments import schemes
 from experiments.compare_settings import LEAST, CompareConfig
 from experiments.directory import Refused, RunDirectory
+from experiments.known import check_known, known_records
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from slimjax import pretrained
 from slimjax.compare import DYNAMIC, Choice, choose, measure, named
@@ -25,6 +26,7 @@ from slimjax.models.decoder import DecoderLM, convert_model
 from slimjax.models.load import load_decoder
 from slimjax.models.load.llama import is_decoder, open_decoder
 from slimjax.models.load.text_tokens import tokenizer_of
+from slimjax.records import Record
 from slimjax.scheme import parse_scheme
 from slimjax.tasks import UNQUANTISED, Task, answered, parse_task, problems, solved
 from slimjax.tasks.task import row_length, rows
@@ -77,6 +79,7 @@ class Compare(Config):
 def resolve(build: Build) -> Compare:
     """The run from its section; models are looked at, not loaded."""
     grid = build("Compare")
+    check_known(grid)
     subjects = []
     for name, places in (("models", grid.models), ("trained", grid.trained)):
         for place in places:
@@ -244,6 +247,11 @@ def _protected(grid: CompareConfig) -> Iterator[Cell]:
     for count in grid.protected:
         for place in grid.protect if count else (None,):
             yield {"protected": count, "protect": place, "protection": grid.protection if count else None}
+
+
+def measured_elsewhere(config: Compare, cells: Sequence[Cell], directory: RunDirectory) -> list[Record]:
+    """Those that the runs of `Compare.known` have measured for other tables."""
+    return known_records(config, cells, directory)
 
 
 def forecast(unit: Unit, config: Compare) -> Forecast:

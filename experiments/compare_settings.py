@@ -51,6 +51,8 @@ class CompareConfig(Config):
     models: tuple[str, ...] = field(default=("models/smollm2-135m-instruct",), metadata=ELSEWHERE)
     text: str = field(default="models/text/in_the_year_2889.txt", metadata=ELSEWHERE)
     trained: tuple[str, ...] = field(default=(), metadata=ELSEWHERE)
+    # Folders of finished runs, of other tables: cells that those have measured on the same models are taken over.
+    known: tuple[str, ...] = field(default=(), metadata=ELSEWHERE)
     problems: Whole = 0  # that a model trained on a task is set; 0: none
     schemes: tuple[str, ...] = ("kv:bf16", "kv:flashq4@sas", "kv:kivi4")
     selectors: tuple[Selector, ...] = ("none",)
@@ -68,7 +70,7 @@ class CompareConfig(Config):
     context: Count = 4096  # tokens of the cache whose bytes are reported
 
     def validate(self) -> None:
-        for name in ("models", "trained", "fractions"):
+        for name in ("models", "trained", "known", "fractions"):
             _check(self, (name,), least=0)
         _check(self, ("schemes", "selectors", "protected", "protect", "seeds"))
         _check_schemes("schemes", self.schemes)

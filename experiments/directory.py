@@ -70,6 +70,11 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """A directory claimed by a process.
@@ -87,7 +92,7 @@ class RunDirectory:
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, or None while the run is unfinished."""
         path = self.path / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def metric(self, line: Mapping[str, Any], *, sync: bool = True) -> None:
         append_line(self.path / "metrics.jsonl", json.dumps(dict(line)), sync=sync)
@@ -220,7 +225,7 @@ def _others(old: Mapping[str, Any], stamp: Mapping[str, Any]) -> str:
 def _read_stamp(path: Path) -> dict[str, Any]:
     """What is said there of the run. Raises Refused for a file that says something else."""
     try:
-        stamp = json.loads(path.read_text(encoding="utf-8"))
+        stamp = read_json(path)
     except ValueError:
         stamp = None
     if not isinstance(stamp, dict) or not {"run", "source", "versions"} <= stamp.keys():

@@ -76,6 +76,8 @@ def execute(plan: Plan, units: Sequence[Unit], directory: RunDirectory, jobs: in
             keep_memory()
         print(f"compiled programs: {keep_compiled() or 'not kept'}", flush=True)
         sweep = Sweep(plan.experiment, plan.config, units, directory, jobs)
+        if count := sweep.take_over():
+            print(f"{cells(count)} taken over as other runs measured {'it' if count == 1 else 'them'}")
         if jobs:
             run_apart(sweep, units, jobs)
         else:

@@ -256,7 +256,9 @@ class Experiment(Protocol):
     by side would disturb each other (timings): `--jobs` above 1 is refused then; `PACKAGES`, whose versions its records
     name beside those of every run, where installed; and `check(config)`, called before
     the first unit and by `--dry-run`: it looks at what the run will read, raises ConfigError where that will not do,
-    and returns the digests of it by name, for no result to be taken for one of other data.
+    and returns the digests of it by name, for no result to be taken for one of other data; and
+    `measured_elsewhere(config, cells, directory)`, the records of those of the cells that another run has measured,
+    which are not measured again.
     """
 
     TITLE: str

@@ -156,6 +156,15 @@ class Sweep:
         left = tuple(cell for cell in unit.cells if cell not in self.log)
         return replace(unit, cells=left) if left else None
 
+    def take_over(self) -> int:
+        """Record the cells that other runs have measured, as the experiment finds them; how many those are."""
+        find = getattr(self.experiment, "measured_elsewhere", None)
+        missing = [cell for cell in self.cells if cell not in self.log]
+        found = find(self.config, missing, self.directory) if find and missing else []
+        for record in found:
+            self.log.add(record)
+        return len(found)
+
     def add(self, outcome: Outcome) -> None:
         """Record a cell; it is safe on the disk when this returns."""
         seed = outcome.cell.get("seed")

@@ -2,7 +2,13 @@
 
 import random
 
+import tiny_cli
+from flax import nnx
+
 from experiments import run
+from slimjax import checkpoint
+from slimjax.models.decoder import DecoderLM
+from slimjax.pretrained import describe
 
 MODEL = """
 Data.path = {text!r}
@@ -39,6 +45,13 @@ def write(folder, experiment, *parts):
     body = f"Run.experiment = {experiment!r}\n" + "".join(parts)
     path.write_text(body.replace("{text!r}", repr(str(text))))
     return path
+
+
+def write_model(folder, sizes, data, seed=0):
+    """A decoder of those sizes, untrained, as training leaves one."""
+    describe(folder, sizes, data)
+    params = nnx.state(DecoderLM(sizes, rngs=nnx.Rngs(seed)), nnx.Param)
+    checkpoint.save(folder, 1, tiny_cli.State(params=params))
 
 
 def launched(config, out, *arguments):

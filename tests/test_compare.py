@@ -8,19 +8,17 @@ import jax
 import numpy as np
 import pytest
 import small_runs
-import tiny_cli
 from flax import nnx
 
 from experiments import compare, run
 from experiments.compilation import compile_seconds
 from experiments.launch import checked_units
-from slimjax import checkpoint, pretrained, windows
+from slimjax import pretrained, windows
 from slimjax.attention.layer import append_rows, attend_cached, attend_full, init_cache
 from slimjax.compare import Choice, choose, edges, measure, named
 from slimjax.config import DataConfig, ModelConfig
-from slimjax.models.decoder import DecoderLM, convert_model, init_caches
+from slimjax.models.decoder import convert_model, init_caches
 from slimjax.numerics import relative_l1
-from slimjax.pretrained import describe
 from slimjax.records import read
 from slimjax.scheme import parse_scheme
 from slimjax.solve.fit import fit
@@ -32,12 +30,6 @@ from slimjax.windows import continued, overlapping, prepare
 SIZES = ModelConfig(layers=3, width=32, heads=4, mlp_width=32, max_length=128, position="rope")
 SCHEMES = ("kv:bf16", "kv:int8", "kv:flashq2-4/32", "k:int16", "kv:kivi4/32", "kv:int8@sas#sage")
 TASK = "lookup_sum(keys=5,steps=2)"
-
-
-def write_model(folder, sizes, data, seed=0):
-    describe(folder, sizes, data)
-    params = nnx.state(DecoderLM(sizes, rngs=nnx.Rngs(seed)), nnx.Param)
-    checkpoint.save(folder, 1, tiny_cli.State(params=params))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +44,12 @@ def told(tmp_path_factory):
         "Compare.tokens = 120\nCompare.length = 80\nCompare.prompt = 40\nCompare.calibration = 320\n",
         "Compare.problems = 6\n",
     )
-    write_model(folder / "letters", SIZES, DataConfig(path=str(folder / "text"), held_out_percent=30.0))
-    write_model(folder / "sums", ModelConfig(layers=3, width=16, heads=4), DataConfig(task=TASK), seed=1)
+    small_runs.write_model(
+        folder / "letters", SIZES, DataConfig(path=str(folder / "text"), held_out_percent=30.0)
+    )
+    small_runs.write_model(
+        folder / "sums", ModelConfig(layers=3, width=16, heads=4), DataConfig(task=TASK), seed=1
+    )
     places = (str(folder / "letters"), str(folder / "sums"))
     return config, f"Compare.trained = {places!r}"
 
@@ -363,9 +359,32 @@ def test_the_same_config_gives_the_same_metrics_bit_by_bit(told, finished):
         assert record.metrics == before[record.key]
 
 
+def test_a_cell_that_another_table_has_is_measured_once(told, tmp_path, capsys):
+    config, trained = told
+    letters = f"{trained.rpartition(',')[0]},)"
+    common = ("--set", letters, "--set", "Compare.protected = (0,)", "--set", "Compare.selectors = ('none',)")
+    common = (*common, "--set", "Compare.fractions = ()")
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert (
+        small_runs.launched(config, first, *common, "--set", "Compare.schemes = ('kv:bf16', 'kv:int8')") == 0
+    )
+    known = ("--set", f"Compare.known = ({str(first)!r},)", "--set", "Compare.study = 'components'")
+    schemes = ("--set", "Compare.schemes = ('kv:int8', 'kv:int4')")
+    assert small_runs.launched(config, second, *common, *known, *schemes) == 0
+    assert "1 cell taken over as other runs measured it" in capsys.readouterr().out
+    before, now = read(first / "records.jsonl"), read(second / "records.jsonl")
+    assert [record.cell["scheme"] for record in now] == ["kv:int8", "kv:int4"]
+    assert {record.cell["study"] for record in now} == {"components"}
+    assert now[0].metrics == before[1].metrics
+    assert now[0].provenance == before[1].provenance | {"measured_for": "main"}
+    assert "measured_for" not in now[1].provenance
+    assert now[1].provenance["config"] != before[1].provenance["config"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [
+        ("Compare.known = ('nowhere',)", "known: nowhere: no finished run there"),
         ("Compare.trained = ()", "no model: add --set"),
         ("Compare.trained = ('nowhere',)", "nowhere: no such folder"),
         ("Compare.models = ('nowhere',)", "no Llama-like language model there; `make models`"),
