@@ -1,6 +1,7 @@
 """Which cells of another run stand for a run's own: those that nothing but the table's name tells apart."""
 
 import json
+from pathlib import Path
 
 import pytest
 import small_runs
@@ -48,7 +49,7 @@ def other(tmp_path):
 
 def found(plan, cells=None):
     """What is taken over by a run of source abc, whose text is one: model and scheme."""
-    directory = RunDirectory(None, plan.run, "abc", (), {"text of letters": "one"})
+    directory = RunDirectory(Path(), plan.run, "abc", (), {"text of letters": "one"})
     cells = cells_of(checked_units(plan)) if cells is None else cells
     return known_records(plan.config, cells, directory)
 
