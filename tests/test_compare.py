@@ -359,28 +359,6 @@ def test_the_same_config_gives_the_same_metrics_bit_by_bit(told, finished):
         assert record.metrics == before[record.key]
 
 
-def test_a_cell_that_another_table_has_is_measured_once(told, tmp_path, capsys):
-    config, trained = told
-    letters = f"{trained.rpartition(',')[0]},)"
-    common = ("--set", letters, "--set", "Compare.protected = (0,)", "--set", "Compare.selectors = ('none',)")
-    common = (*common, "--set", "Compare.fractions = ()")
-    first, second = tmp_path / "first", tmp_path / "second"
-    assert (
-        small_runs.launched(config, first, *common, "--set", "Compare.schemes = ('kv:bf16', 'kv:int8')") == 0
-    )
-    known = ("--set", f"Compare.known = ({str(first)!r},)", "--set", "Compare.study = 'components'")
-    schemes = ("--set", "Compare.schemes = ('kv:int8', 'kv:int4')")
-    assert small_runs.launched(config, second, *common, *known, *schemes) == 0
-    assert "1 cell taken over as other runs measured it" in capsys.readouterr().out
-    before, now = read(first / "records.jsonl"), read(second / "records.jsonl")
-    assert [record.cell["scheme"] for record in now] == ["kv:int8", "kv:int4"]
-    assert {record.cell["study"] for record in now} == {"components"}
-    assert now[0].metrics == before[1].metrics
-    assert now[0].provenance == before[1].provenance | {"measured_for": "main"}
-    assert "measured_for" not in now[1].provenance
-    assert now[1].provenance["config"] != before[1].provenance["config"]
-
-
 @pytest.mark.parametrize(
     ("wrong", "problem"),
     [

@@ -11,24 +11,32 @@ from experiments.directory import RunDirectory, write_json
 from experiments.known import known_records
 from experiments.launch import cells_of, checked_units
 from slimjax.config import DataConfig, ModelConfig, resolved
-from slimjax.records import Record, provenance, write_records
+from slimjax.records import Record, provenance, read, write_records
 
 TASK = "lookup_sum(keys=5,steps=2)"
 
 
 @pytest.fixture
-def other(tmp_path):
-    """`other(*settings, **provenance)`: a plan told of a run of another table that was made with those."""
+def asked(tmp_path):
+    """A config, and the models it is told: one of a text, one of a task."""
     config = small_runs.write(
         tmp_path,
         "compare",
         "Compare.models = ()\nCompare.schemes = ('kv:bf16', 'kv:int8')\nCompare.study = 'components'\n",
         "Compare.tokens = 120\nCompare.length = 80\nCompare.prompt = 40\nCompare.calibration = 320\n",
     )
-    letters, sums, done = (tmp_path / name for name in ("letters", "sums", "done"))
-    small_runs.write_model(letters, ModelConfig(layers=1, width=16, heads=2), DataConfig(path=str(tmp_path)))
-    small_runs.write_model(sums, ModelConfig(layers=1, width=16, heads=2), DataConfig(task=TASK))
-    trained = f"Compare.trained = {(str(letters), str(sums))!r}"
+    letters, sums = tmp_path / "letters", tmp_path / "sums"
+    sizes = ModelConfig(layers=1, width=16, heads=2)
+    text = DataConfig(path=str(tmp_path / "text"), held_out_percent=30.0)
+    small_runs.write_model(letters, sizes, text)
+    small_runs.write_model(sums, sizes, DataConfig(task=TASK))
+    return config, f"Compare.trained = {(str(letters), str(sums))!r}"
+
+
+@pytest.fixture
+def other(asked, tmp_path):
+    """`other(*settings, **provenance)`: a plan told of a run of another table that was made with those."""
+    (config, trained), done = asked, tmp_path / "done"
 
     def made(*settings, status="ok", **facts):
         plan = run.load(config, [trained, "Compare.study = 'main'", *settings])
@@ -113,3 +121,22 @@ def test_what_was_not_measured_is_tried(other):
 
 def test_a_row_that_was_taken_over_names_who_measured_it(other):
     assert {record.provenance["measured_for"] for record in found(other(measured_for="sas"))} == {"sas"}
+
+
+def test_a_cell_that_another_table_has_is_measured_once(asked, tmp_path, capsys):
+    config, trained = asked
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = ("--set", trained, "--set", "Compare.study = 'main'")
+    assert small_runs.launched(config, first, *settings) == 0
+    known = ("--set", trained, "--set", f"Compare.known = ({str(first)!r},)")
+    schemes = ("--set", "Compare.schemes = ('kv:int8', 'kv:int4')")
+    assert small_runs.launched(config, second, *known, *schemes) == 0
+    assert "2 cells taken over as other runs measured them" in capsys.readouterr().out
+    before, now = read(first / "records.jsonl"), read(second / "records.jsonl")
+    assert [record.cell["scheme"] for record in now] == ["kv:int8", "kv:int4"] * 2
+    assert {record.cell["study"] for record in now} == {"components"}
+    for index in (0, 2):
+        assert now[index].metrics == before[index + 1].metrics
+        assert now[index].provenance == before[index + 1].provenance | {"measured_for": "main"}
+        assert "measured_for" not in now[index + 1].provenance
+        assert now[index + 1].provenance["config"] != before[index].provenance["config"]
