@@ -8,6 +8,7 @@
 #   quickstart       4    (limit 5) after installation; .ci/run trains briefly: 2
 #   test-fast       19    on Python 3.12 with the newest jax, with 1 to install
 #   test-tpu         1    on Python 3.12, with 1 to install libtpu
+#   test-gpu-aot     2    on Python 3.12, with 1 to install the compiler
 
 PYTHON ?= python3
 # More arguments for pytest or experiments.run: make test ARGS="-k rope"
@@ -30,7 +31,7 @@ SHELL := bash
 # Targets share one environment; pip must not run in it twice at once.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity test-tpu tpu-matrix models lint format clean python-ok
+.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity test-tpu test-gpu-aot tpu-matrix models lint format clean python-ok
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -93,16 +94,19 @@ reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, 
 	$(REPORT) $(TABLES:%=results/ablation-fast/%) results/ablation-fast/context --out results/ablation-fast/report
 
 test: $(STAMP)-test ## the test suite (some 25 min)
-	$(PYTEST) --ignore=tests/parity --ignore=tests/tpu $(ARGS)
+	$(PYTEST) --ignore=tests/parity --ignore=tests/tpu --ignore=tests/gpu $(ARGS)
 
 test-fast: $(STAMP)-test ## the test suite without the tests marked slow
-	$(PYTEST) --ignore=tests/parity --ignore=tests/tpu -m 'not slow' $(ARGS)
+	$(PYTEST) --ignore=tests/parity --ignore=tests/tpu --ignore=tests/gpu -m 'not slow' $(ARGS)
 
 test-parity: $(STAMP)-parity ## compare with torch and transformers (optional; installs them)
 	SLIMJAX_REQUIRE_PARITY=1 $(PYTEST) tests/parity $(ARGS)
 
 test-tpu: $(STAMP)-tpu ## compile the TPU kernels without a TPU (PYTHON=python3.12; installs 0.5 GB)
 	SLIMJAX_REQUIRE_TPU=1 $(PYTEST) tests/test_tpu_aot.py tests/tpu $(ARGS)
+
+test-gpu-aot: $(STAMP)-gpu-aot ## compile the GPU kernels without a GPU (PYTHON=python3.12; installs 0.6 GB)
+	SLIMJAX_REQUIRE_GPU_AOT=1 $(PYTEST) tests/test_gpu_aot.py tests/test_kernels_gpu.py tests/gpu $(ARGS)
 
 tpu-matrix: $(STAMP)-tpu ## every kernel, shape and TPU generation, and their tables (PYTHON=python3.12)
 	"$(BIN)/python" -m experiments.tpu_matrix --cycles $(ARGS)
@@ -140,8 +144,8 @@ $(STAMP)-run: $(STAMP)-venv $(PINS)
 	touch "$@"
 
 # The extras go on top of slimjax in the same environment.
-$(STAMP)-gguf $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-tpu: $(STAMP)-%: $(STAMP)-run
+$(STAMP)-gguf $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-tpu $(STAMP)-gpu-aot: $(STAMP)-%: $(STAMP)-run
 	@echo "Installing the extra '$*' into $(VENV) ..."
 	$(INSTALL) '.[$*]'
 	touch "$@"
-$(STAMP)-parity $(STAMP)-tpu: $(STAMP)-test
+$(STAMP)-parity $(STAMP)-tpu $(STAMP)-gpu-aot: $(STAMP)-test
