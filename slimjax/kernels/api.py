@@ -8,19 +8,20 @@ from slimjax.attention.bases import basis
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache, codec_of, empty
-from slimjax.kernels import pallas_tpu, reference
+from slimjax.kernels import pallas_gpu, pallas_tpu, reference
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import suggest
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.decode,
     "pallas_tpu": pallas_tpu.decode,
+    "pallas_gpu": pallas_gpu.decode,
 }
 
 # What ``implementation=None`` tries, in this order, by jax backend.
 _ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("reference",),
-    "gpu": ("reference",),
+    "gpu": ("reference",),  # pallas_gpu only by name: it has been compiled and interpreted, but run on no GPU
     "tpu": ("pallas_tpu", "reference"),
 }
 
@@ -47,8 +48,8 @@ def decode(
         cache: the layer's cache, the T tokens of the queries appended.
         weights: the layer's arrays that stand in for what the basis does not cache.
         spec: static; scheme, head layout, position scheme, compute dtype.
-        implementation: "reference" (any backend); "pallas_tpu" (elsewhere than on a TPU it is interpreted, which is
-            slow); None tries the ones for the running backend in order.
+        implementation: "reference" (any backend); "pallas_tpu", "pallas_gpu" (elsewhere than on a TPU or a GPU they
+            are interpreted, which is slow); None tries the ones for the running backend in order.
         start: [B], absolute position of each sequence's first query; None: the last T tokens of each,
             ``cache.length - T``.
 

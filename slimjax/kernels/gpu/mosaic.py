@@ -1,0 +1,95 @@
+"""What differs between the versions of Pallas Mosaic GPU (jax 0.10 to 0.12), and between a GPU and its interpreter.
+
+Kernels call these instead. ``interpreted`` is static: the interpreter multiplies only what lies in shared memory, and
+that of jax 0.10 knows neither layouts of registers nor transposed operands.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_OLD = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10
+_HOME = "jax._src.pallas.mosaic_gpu.interpret.params" if _OLD else "jax.experimental.pallas.mosaic_gpu"
+_Parameters: Any = importlib.import_module(_HOME).InterpretGPUParams
+
+
+def interpreter(*, detect_races: bool = False) -> Any:
+    """The interpreter's parameters, as strict as it can be: shared memory is NaN until it is written.
+
+    What TMA brings from behind an array is zero; jax 0.10 can call it an error, or make it NaN.
+    """
+    more = {"out_of_bounds_reads": "uninitialized"} if _OLD else {}
+    return _Parameters(detect_races=detect_races, **more)
+
+
+def call(
+    body: Callable[..., None],
+    *,
+    out: Sequence[jax.ShapeDtypeStruct],
+    scratch: dict[str, Any],
+    grid: dict[str, int],
+    groups: int,
+    interpret: Any,
+    name: str,
+) -> Callable[..., Any]:
+    """A kernel on a grid of named axes, ``groups`` warpgroups (axis "group") a block.
+
+    interpret: False, or what ``interpreter`` gives.
+    """
+    return plgpu.kernel(
+        body,
+        out_type=tuple(out),
+        scratch_types=(scratch,),
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=groups,
+        thread_name="group",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+        ),
+        interpret=interpret,
+        kernel_name=name,
+    )
+
+
+def tiled(shape: Sequence[int], dtype: Any) -> Any:
+    """Shared memory for operands of products: in tiles of 8 rows, swizzled as wide as rows allow."""
+    width = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * width * 8)
+    transforms = (plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def laid(x: jax.Array, layout: Any, *, interpreted: bool) -> jax.Array:
+    """An array in registers in this layout."""
+    return x if interpreted else plgpu.layout_cast(x, layout)
+
+
+def iota(shape: Sequence[int], axis: int, *, interpreted: bool) -> jax.Array:
+    """Indices along an axis, int32, laid out as the results of products."""
+    return laid(
+        jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis), plgpu.Layout.WGMMA, interpreted=interpreted
+    )
+
+
+def product(a: Any, b: Any, *, turned: bool = False, interpreted: bool) -> jax.Array:
+    """a [64, k] times b [k, n], or with ``turned`` b [n, k] transposed; float32, finished.
+
+    a: in shared memory or registers; b: in shared memory.
+    """
+    if interpreted and (_OLD or isinstance(a, jax.Array)):
+        right = b[...].T if turned else b[...]
+        plgpu.commit_smem()  # TMA may overwrite what is read here; it need not wait so for what wgmma reads
+        return jnp.dot(a[...], right, preferred_element_type=jnp.float32)
+    right = b.transpose((1, 0)) if turned else b
+
+    def multiply(sums: Any) -> jax.Array:
+        plgpu.wgmma(sums, a, right)
+        return sums[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], right.shape[1]), jnp.float32))

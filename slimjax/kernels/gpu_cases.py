@@ -1,0 +1,68 @@
+"""The kernels and shapes that are lowered, and compiled, for GPUs without one."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slimjax.attention.bases import basis
+from slimjax.attention.projections import DecodeWeights
+from slimjax.cache import Cache, codec_of, empty
+from slimjax.kernels import pallas_gpu
+from slimjax.kernels.shapes import SHAPES, Shape
+from slimjax.kernels.spec import DecodeSpec
+
+BATCH, CAPACITY = 16, 8192
+GROUPED: dict[str, Shape] = {  # as models have them that read a key head with several query heads
+    "llama-3-8b": dataclasses.replace(SHAPES["llama-2-7b"], kv_heads=8),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One program: a scheme on a shape, with so many query tokens; ``options``: further fields of the spec."""
+
+    scheme: str
+    shape: str
+    tokens: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join([self.scheme, self.shape, f"T{self.tokens}", *(name for name, _ in self.options)])
+
+    @property
+    def spec(self) -> DecodeSpec:
+        """Of bfloat16."""
+        shape = (SHAPES | GROUPED)[self.shape]
+        return dataclasses.replace(shape.spec(self.scheme, "bfloat16"), **dict(self.options))
+
+
+CASES = (
+    Case(scheme="kv:bf16", shape="llama-2-7b"),
+    Case(scheme="kv:bf16", shape="llama-2-7b", tokens=8),
+    Case(scheme="kv:bf16", shape="llama-3-8b"),
+    Case(scheme="kv:bf16", shape="llama-3-8b", tokens=4, options=(("window", 4096), ("softcap", 50.0))),
+    Case(scheme="kv:bf16", shape="phi-3-mini"),
+    Case(scheme="kv:bf16", shape="phi-3-mini", tokens=2),
+    Case(scheme="kv:bf16", shape="smollm2-1.7b"),
+    Case(scheme="kv:bf16", shape="whisper-large-self", tokens=4),
+    Case(scheme="kv:bf16", shape="whisper-large-cross"),
+    Case(scheme="kv:bf16", shape="t5-11b-cross"),
+)
+
+
+def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """``pallas_gpu.decode`` on a cache of ``BATCH`` sequences and ``CAPACITY`` slots, and its arguments' shapes."""
+    spec = case.spec
+    streams, codec = basis(spec).streams(spec), codec_of(spec.scheme)
+    cache: Cache = jax.eval_shape(lambda: empty(streams, codec, batch=BATCH, capacity=CAPACITY))
+    query = jax.ShapeDtypeStruct((BATCH, case.tokens, spec.heads, spec.head_dim), jnp.bfloat16)
+    start = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    return functools.partial(_decode, spec=spec), (query, cache, DecodeWeights(), start)
+
+
+def _decode(q: Any, cache: Any, weights: Any, start: Any, *, spec: DecodeSpec) -> Any:
+    return pallas_gpu.decode(q, cache, weights, spec, start, interpret=False)

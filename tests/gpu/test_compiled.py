@@ -1,0 +1,96 @@
+"""Every GPU kernel compiled for a H100: no spills, shared memory that there is, no copy of the cache."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from slimjax.kernels import gpu_aot, gpu_cases
+from slimjax.kernels.gpu import mosaic
+
+pytestmark = pytest.mark.skipif(
+    bool(gpu_aot.missing()) and os.environ.get("SLIMJAX_REQUIRE_GPU_AOT") != "1",
+    reason=f"{gpu_aot.missing()}; make test-gpu-aot installs it",
+)
+REGISTERS = 65536 // 384 // 8 * 8  # all that three warpgroups can have
+
+
+@pytest.mark.parametrize("case", gpu_cases.CASES, ids=str)
+def test_it_compiles_without_spills_or_copies(case):
+    function, specs = gpu_cases.program(case)
+    compiled, (kernel,) = gpu_aot.compile_for_h100(function, *specs)
+    assert kernel.name == "slimjax_heads"
+    assert (kernel.spilled, kernel.stack) == (0, 0)
+    assert kernel.registers <= REGISTERS
+    # Each block of threads has a processor of its own, and most of its shared memory.
+    assert gpu_aot.SHARED_LIMIT / 2 < kernel.shared <= gpu_aot.SHARED_LIMIT
+    memory = compiled.memory_analysis()
+    cached = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(specs[1]))
+    assert memory.argument_size_in_bytes > cached
+    assert memory.temp_size_in_bytes < cached / 50
+
+
+def toy(x, *, slots=1):
+    """Rows less their largest numbers, which are known only when all of a row has been read."""
+
+    def body(x, out, shared):
+        held = shared["rows"].at[0]
+        plgpu.copy_gmem_to_smem(x, held, shared["ready"])
+        plgpu.barrier_wait(shared["ready"])
+        values = plgpu.layout_cast(held[...], plgpu.Layout.WGMMA)
+        held[...] = values - jax.lax.broadcast_in_dim(values.max(axis=1), values.shape, (0,))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(held, out)
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = {"rows": mosaic.tiled((slots, *x.shape), x.dtype), "ready": plgpu.Barrier()}
+    (out,) = mosaic.call(
+        body,
+        out=(jax.ShapeDtypeStruct(x.shape, x.dtype),),
+        scratch=scratch,
+        grid={"all": 1},
+        groups=1,
+        interpret=False,
+        name="slimjax_toy",
+    )(x)
+    return out
+
+
+def test_a_good_kernel_has_no_fault():
+    spec = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    _, (kernel,) = gpu_aot.compile_for_h100(toy, spec)
+    assert (kernel.name, kernel.spilled, kernel.stack) == ("slimjax_toy", 0, 0)
+    assert 64 * 64 * 4 < kernel.shared < 64 * 64 * 4 + 4096
+
+
+def test_spills_are_seen():
+    """A thread has 255 registers, and each of the 128 holds 384 numbers."""
+    _, (kernel,) = gpu_aot.compile_for_h100(toy, jax.ShapeDtypeStruct((64, 768), jnp.float32))
+    assert kernel.registers == 255
+    assert kernel.spilled > 0
+    assert kernel.stack > 0
+
+
+def test_too_much_shared_memory_is_an_error():
+    spec = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    with pytest.raises(ValueError, match=r"shared memory|max_smem_bytes"):
+        gpu_aot.compile_for_h100(functools.partial(toy, slots=15), spec)
+
+
+def test_a_program_without_a_kernel_is_told_from_one():
+    with pytest.raises(RuntimeError, match="no Mosaic GPU kernel"):
+        gpu_aot.compile_for_h100(jnp.sin, jax.ShapeDtypeStruct((8,), jnp.float32))
+
+
+def test_a_hidden_copy_of_the_cache_is_seen():
+    """A wrapper that takes the cache the wrong way round, so that XLA turns all of it before the kernel starts."""
+    spec = jax.ShapeDtypeStruct((128, 64), jnp.float32)
+
+    def turned(x):
+        return toy(x.T)
+
+    compiled, _ = gpu_aot.compile_for_h100(turned, spec)
+    assert compiled.memory_analysis().temp_size_in_bytes >= 128 * 64 * 4

@@ -1,0 +1,256 @@
+"""The GPU kernels, interpreted: against the oracle, what must not be read poisoned, races looked for; and lowered."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import suites
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
+
+import oracle
+from slimjax import DecodeSpec, DecodeWeights, Position, decode, parse_scheme
+from slimjax.attention.bases import basis
+from slimjax.cache import append, codec_of, empty, read
+from slimjax.kernels import gpu_aot, gpu_cases, pallas_gpu, reference
+from slimjax.kernels.gpu import heads, mosaic
+from slimjax.kernels.gpu.heads import BLOCK
+from slimjax.numerics import relative_l2
+
+CAPACITY = 2 * BLOCK + 24  # the last block is not whole
+LENGTHS = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CAPACITY)  # one ragged batch
+# Of the output's size: queries and weights are rounded to 2^-9, scores are a few units.
+TOLERANCE = 1e-2
+# The interpreter of jax 0.10 takes seven seconds a block of threads: two small cases stand for all.
+OLD = mosaic._OLD
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    layout: tuple[int, int, int]  # N, K, H
+    tokens: int = 1
+    position: str = "none"
+    options: tuple[tuple[str, object], ...] = ()
+    splits: int = 1
+    scheme: str = "kv:bf16"
+    dtype: str = "bfloat16"
+    lengths: tuple[int, ...] = LENGTHS
+    capacity: int = CAPACITY
+
+    def __str__(self):
+        more = [f"{name}={value}" for name, value in self.options]
+        shape = "x".join(map(str, self.layout))
+        return "-".join([self.scheme, shape, self.position, f"T{self.tokens}", f"P{self.splits}", *more])
+
+
+EVERYTHING = (("window", 70), ("softcap", 5.0))
+IN_OLD = [
+    Case((1, 1, 64)),
+    Case((4, 1, 64), 2, "rope", EVERYTHING),
+]
+CASES = [
+    *IN_OLD,
+    Case((2, 2, 96), 1, "rope"),
+    Case((2, 2, 128), 1, "learned", splits=2),
+    Case((6, 2, 64), 3, "rope", splits=3),
+    Case((8, 1, 128), 8),  # all 64 rows
+    Case((2, 1, 96), 2, options=(("window", 5), ("scale", 0.3)), splits=2),
+    Case((2, 2, 64), 2, options=(("causal", False),)),
+    # A window that looks ahead of the query: to the end, whichever block that is in.
+    Case((2, 1, 64), 2, options=(("window", 5), ("causal", False))),
+    # So many blocks that every slot of shared memory is used again, by both readers.
+    Case((1, 1, 128), lengths=(11 * BLOCK, 10 * BLOCK + 3), capacity=11 * BLOCK),
+]
+
+
+def cases(chosen=CASES):
+    """Each; where the interpreter is slow, two cases of two sequences and none else."""
+    if not OLD:
+        return [pytest.param(case, id=str(case)) for case in chosen]
+    skip = pytest.mark.skip(reason="the interpreter of jax 0.10 takes seven seconds a block of threads")
+    return [
+        pytest.param(
+            dataclasses.replace(case, lengths=(0, BLOCK + 1)) if case in IN_OLD else case,
+            marks=pytest.mark.slow if case in IN_OLD else skip,
+            id=str(case),
+        )
+        for case in chosen
+    ]
+
+
+def made(case, seed=0):
+    """Queries, a full cache and a spec; rows and queries are of size about 1."""
+    heads_, kv_heads, size = case.layout
+    spec = DecodeSpec(
+        scheme=parse_scheme(case.scheme),
+        heads=heads_,
+        kv_heads=kv_heads,
+        head_dim=size,
+        width=kv_heads * size,
+        position=Position(kind=case.position, theta=1000.0)
+        if case.position == "rope"
+        else Position(kind=case.position),
+        dtype=case.dtype,
+        **dict(case.options),
+    )
+    draw = np.random.default_rng(seed)
+
+    def array(*shape):
+        return jnp.asarray(draw.standard_normal(shape), jnp.float32)
+
+    codec, batch, streams = codec_of(spec.scheme), len(case.lengths), basis(spec).streams(spec)
+    cache = empty(streams, codec, batch=batch, capacity=case.capacity)
+    rows = {name: array(batch, case.capacity, *row) for name, row in streams.items()}
+    cache = dataclasses.replace(append(cache, rows, codec), length=jnp.asarray(case.lengths, jnp.int32))
+    return array(batch, case.tokens, heads_, size), cache, spec
+
+
+def start_of(cache, spec, tokens):
+    """Of the newest tokens; cross-attention's queries have no place among the keys."""
+    return cache.length - tokens if spec.causal else jnp.zeros_like(cache.length)
+
+
+def poisoned(cache):
+    """NaN behind each sequence's tokens."""
+    past = jnp.arange(cache.capacity)[None] >= cache.length[:, None]
+
+    def spoil(leaf):
+        return jnp.where(past[..., None], jnp.asarray(jnp.nan, leaf.dtype), leaf)
+
+    streams = {
+        name: dataclasses.replace(held, leaves=tuple(map(spoil, held.leaves)))
+        for name, held in cache.streams.items()
+    }
+    return dataclasses.replace(cache, streams=streams)
+
+
+def expected(q, cache, spec, start):
+    """The oracle on the rows that the codes stand for, float64."""
+    rows = {
+        name: np.asarray(each, np.float64)
+        for name, each in read(cache, codec_of(spec.scheme), "float32").items()
+    }
+    q, start, rope = np.asarray(q, np.float64), np.asarray(start), suites.rope_of(spec)
+    if rope:
+        steps = np.arange(q.shape[1])
+        q = np.concatenate([oracle.rotate(each[None], start[b] + steps, *rope) for b, each in enumerate(q)])
+    if spec.scale is not None:
+        q = q * spec.scale * spec.head_dim**0.5
+    mask = {"start": start, "length": np.asarray(cache.length), "causal": spec.causal}
+    return oracle.attend(q, rows["k"], rows["v"], window=spec.window, softcap=spec.softcap, **mask)
+
+
+def run(case, cache=None, interpret=None, seed=0):
+    """What the kernel answers, float64, and the oracle."""
+    q, clean, spec = made(case, seed)
+    start = start_of(clean, spec, case.tokens)
+    found = pallas_gpu.decode(
+        q, poisoned(clean), DecodeWeights(), spec, start, splits=case.splits, interpret=interpret
+    )
+    return np.asarray(found, np.float64), expected(q, clean, spec, start)
+
+
+@pytest.mark.parametrize("case", cases())
+def test_the_kernel_is_the_oracle(case):
+    found, wanted = run(case, interpret=mosaic.interpreter(detect_races=True))
+    assert relative_l2(found, wanted) < TOLERANCE
+    assert not interpreter_state.get_races().races_found
+    if 0 in case.lengths:
+        assert not np.any(found[0])  # a sequence without tokens
+
+
+@pytest.mark.parametrize("case", cases(CASES[2:3]))
+def test_it_errs_no_more_than_twice_as_much_as_the_reference_and_always_the_same(case):
+    """And not much less than the tolerance above: one ten times as narrow would not hold."""
+    case = dataclasses.replace(case, lengths=(40, 64, CAPACITY))
+    mine, wanted = run(case)
+    q, cache, spec = made(case)
+    other = reference.decode(q, cache, DecodeWeights(), spec, start_of(cache, spec, case.tokens))
+    error = relative_l2(mine, wanted)
+    assert TOLERANCE / 10 < error < 2 * relative_l2(np.asarray(other, np.float64), wanted)
+    np.testing.assert_array_equal(mine, run(case)[0])
+
+
+@pytest.mark.parametrize(
+    "case", cases([Case((1, 1, 64), lengths=(9, CAPACITY + 1, 2**30), options=(("window", 5),))])
+)
+def test_the_public_call_takes_it_by_name_and_an_overfull_cache_is_nan(case):
+    q, cache, spec = made(case)
+    out = np.asarray(decode(q, cache, DecodeWeights(), spec, implementation="pallas_gpu"), np.float32)
+    assert np.isfinite(out[0]).all()
+    assert np.isnan(out[1:]).all()
+
+
+@pytest.mark.parametrize("case", cases(CASES[-1:]))
+def test_a_planted_race_is_seen(case, monkeypatch):
+    """A loader that does not wait for its slots."""
+    load, wait = heads._load, heads.plgpu.barrier_wait
+
+    def hasty(*args):
+        monkeypatch.setattr(heads.plgpu, "barrier_wait", lambda barrier: None)
+        load(*args)
+        monkeypatch.setattr(heads.plgpu, "barrier_wait", wait)
+
+    monkeypatch.setattr(heads, "_load", hasty)
+    said = ""
+    try:
+        run(case, interpret=mosaic.interpreter(detect_races=True))
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error)
+    assert "RACE DETECTED" in said or interpreter_state.get_races().races_found
+
+
+REFUSED = [
+    ({"scheme": "k2:bf16"}, "basis k has no kernel"),
+    ({"scheme": "kv:int8"}, "codec int8 has no kernel"),
+    ({"scheme": "kv:fp16"}, "codec fp16 has no kernel"),
+    ({"scheme": "kv:bf16@sas"}, "softmax sas has no kernel"),
+    ({"scheme": "kv:flashq4"}, "compute mode int8 has no kernel"),
+    ({"dtype": "float32"}, "float32 has no kernel .*; use bfloat16"),
+    ({"position": "alibi"}, "position scheme 'alibi' has no kernel"),
+    ({"layout": (2, 2, 80)}, "head_dim=80 has no kernel .*; it has 64, 96, 128"),
+    ({"layout": (9, 1, 64), "tokens": 8}, "8 query tokens of 9 heads .* at most 7 at a time"),
+    ({"capacity": 100}, "100 slots has no kernel .*; take a multiple of 8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), REFUSED, ids=str)
+def test_what_it_does_not_serve_it_refuses_with_the_reason(changes, reason):
+    q, cache, spec = made(Case(**{"layout": (2, 2, 64), "lengths": (4,), **changes}))
+    with pytest.raises(NotImplementedError, match=reason):
+        decode(q, cache, DecodeWeights(), spec, implementation="pallas_gpu")
+
+
+def test_other_gpus_are_refused(monkeypatch):
+    q, cache, spec = made(Case((2, 2, 64), lengths=(4,)))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(NotImplementedError, match=r"compute capability unknown: .* 9.0 \(Hopper\)"):
+        pallas_gpu.decode(q, cache, DecodeWeights(), spec, cache.length - 1)
+    with pytest.raises(ValueError, match="splits=0: expected at least one part"):
+        pallas_gpu.decode(q, cache, DecodeWeights(), spec, cache.length - 1, splits=0, interpret=False)
+
+
+def test_parts_keep_all_processors_at_work():
+    assert pallas_gpu.parts(32, 32768) == 4  # 128 parts on 132 processors
+    assert pallas_gpu.parts(132, 32768) == 1
+    assert pallas_gpu.parts(1, 64) == 1
+    for heads_ in (8, 20, 32, 256, 1024):
+        work = heads_ * pallas_gpu.parts(heads_, 32768) / pallas_gpu.PROCESSORS
+        assert work / -(-work // 1) > 0.9
+
+
+@pytest.mark.parametrize("case", gpu_cases.CASES, ids=str)
+def test_it_is_lowered_for_cuda_without_a_gpu(case):
+    function, specs = gpu_cases.program(case)
+    text = gpu_aot.lower(function, *specs).as_text()
+    assert text.count("mosaic_gpu") >= 1
+
+
+@pytest.mark.parametrize("size", pallas_gpu.SIZES)
+def test_shared_memory_is_filled_and_not_overfull(size):
+    """Two blocks a reader at least: one is worked on while the other comes."""
+    assert heads.depth(size) >= 2 * heads.READERS
+    assert heads.depth(size) % heads.READERS == 0
+    held = heads.depth(size) * 4 * BLOCK * size + 2 * heads.ROWS * size + 8 * heads.ROWS * (size + 1)
+    assert held < gpu_aot.SHARED_LIMIT - 4096
