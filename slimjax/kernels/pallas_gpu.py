@@ -13,8 +13,9 @@ from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.kernels.combine import combine
-from slimjax.kernels.gpu.heads import BLOCK, ROWS, Rules, attend_heads
+from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
+from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
 from slimjax.kernels.spec import DecodeSpec
 
 SIZES = (64, 96, 128)  # of heads

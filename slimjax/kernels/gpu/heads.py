@@ -4,21 +4,19 @@ For the R query rows m (query tokens x query heads of one key head) and each tok
 
     s[m, c] = q[m] . k[c] * scale       p = softmax(s)       out[m] = sum_c p[m, c] v[c]
 
-A block of threads works on one sequence, key head and part of the tokens. Its last warpgroup brings blocks of 64 tokens
-to shared memory by TMA, straight from [B, C, K*H] rows as cached; the others take every other block, multiply it on
-tensor cores (q k^T, p v) and keep a softmax of their own. All their answers are combined outside, by log-sums.
+A block of threads works on one sequence, key head and part of the tokens (``ring``), on rows as they are cached,
+[B, C, K*H]. Its readers multiply on tensor cores (q k^T, p v), each with a softmax of its own. All their answers are
+combined outside, by log-sums.
 
-* Products have 64 rows, of which R are queries. The others hold what was in shared memory and are not written out: a
-  row never mixes with another. At R = 1 that is 64 FLOP a byte read; the memory of a H100 allows 239.
+* With R = 1 query row in products of 64 that is 64 FLOP a byte read; the memory of a H100 allows 239.
 * Tokens past a sequence's length may hold anything, NaN included: their scores are replaced, and their values are
-  cleared in shared memory, because 0 * NaN is NaN. Past the capacity TMA itself gives zeros.
+  cleared in shared memory. Past the capacity TMA itself gives zeros.
 * Blocks that all rows see whole, which are nearly all, skip the masks.
 
-Bytes: 4*K*H a token; for every part 260*K*R*H + 256*K written, and 2*K*R*H read. FLOPs: 256*K*H a token.
+Bytes: 4*K*H a token; for every part 264*K*R*H and 256*K written, and 2*K*R*H read. FLOPs: 256*K*H a token.
 float32 softmax and sums; p is rounded to bfloat16.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -30,49 +28,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float
 
 from slimjax.axes import Lengths
-from slimjax.kernels.gpu import mosaic
+from slimjax.kernels.gpu import mosaic, ring
+from slimjax.kernels.gpu.ring import BLOCK, READERS, ROWS, Place, Rules
 from slimjax.numerics import MASK
 
-ROWS = 64  # of a product
-BLOCK = 64  # tokens
-READERS = 2  # warpgroups that multiply
-BUFFERS = 144 * 1024  # bytes of shared memory for rows on their way; queries and answers take 40 to 80 KiB
 LOG2E = math.log2(math.e)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rules:
-    """The static half of a call.
-
-    Attributes:
-        group, tokens: G, T; row m is query head m % G of query token m // G.
-        scale, softcap, window, causal: as in ``DecodeSpec``.
-    """
-
-    group: int
-    tokens: int
-    scale: float
-    softcap: float | None
-    window: int | None
-    causal: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """What a block of threads works on: its indices, its sequence, and ``count`` blocks of tokens from ``start`` on."""
-
-    sequence: Any
-    head: Any
-    part: Any
-    length: Any
-    first: Any
-    start: Any
-    count: Any
-
-
-def depth(size: int) -> int:
-    """Blocks of keys, and as many of values, that shared memory holds; each belongs to one reader."""
-    return BUFFERS // (2 * 2 * BLOCK * size) // READERS * READERS
 
 
 def attend_heads(
@@ -92,20 +52,13 @@ def attend_heads(
     32, C of 8. ``first``: position of each sequence's first query. ``interpret``: False, or ``mosaic.interpreter()``.
     """
     batch, kv_heads, rows, size = q.shape
-    parts, slots = splits * READERS, depth(size)
+    parts = splits * READERS
     shared = {
         "q": mosaic.tiled((ROWS, size), q.dtype),
-        "keys": mosaic.tiled((slots, BLOCK, size), keys.dtype),
-        "values": mosaic.tiled((slots, BLOCK, size), values.dtype),
+        "q_ready": plgpu.Barrier(),
         "out": mosaic.tiled((READERS, ROWS, size), jnp.float32),
         "log_sums": plgpu.SMEM((READERS, ROWS), jnp.float32),
-        "q_ready": plgpu.Barrier(),
-        # Of every slot: its rows have come, its rows are no longer needed.
-        **{
-            f"{name}_{state}": plgpu.Barrier(num_barriers=slots)
-            for name in ("keys", "values")
-            for state in ("ready", "free")
-        },
+        **ring.slots(ring.depth(4 * BLOCK * size), keys=size, values=size),
     }
     return mosaic.call(
         functools.partial(_kernel, rules=rules, splits=splits, interpreted=interpret is not False),
@@ -114,8 +67,7 @@ def attend_heads(
             jax.ShapeDtypeStruct((parts, batch, kv_heads, ROWS), jnp.float32),
         ),
         scratch=shared,
-        # Heads first: neighbours read the same rows at the same time.
-        grid={"head": kv_heads, "part": splits, "sequence": batch},
+        grid=ring.grid(kv_heads, splits, batch),
         groups=READERS + 1,
         interpret=interpret,
         name="slimjax_heads",
@@ -140,73 +92,39 @@ def _kernel(
     splits: int,
     interpreted: bool,
 ) -> None:
-    place = _place(length, first, rules, splits)
-    group = jax.lax.axis_index("group")
+    place = ring.place(length, first, rules, splits)
+    group, (rows, size) = jax.lax.axis_index("group"), q.shape[2:]
 
     @pl.when(group == READERS)
     def load() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-        _load(q, keys, values, shared, place)
+        plgpu.set_max_registers(ring.LOADING, action="decrease")
+        mine, columns = q.at[place.sequence, place.column], pl.ds(place.column * size, size)
+        plgpu.copy_gmem_to_smem(mine, shared["q"].at[pl.ds(0, rows)], shared["q_ready"])
+        cached = {"keys": keys, "values": values}
+        ring.load(
+            shared,
+            place,
+            {
+                name: lambda tokens, rows=rows: rows.at[place.sequence, tokens, columns]
+                for name, rows in cached.items()
+            },
+        )
 
     @pl.when(group < READERS)
     def read() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(ring.READING, action="increase")
         plgpu.barrier_wait(shared["q_ready"])
         step = functools.partial(
             _step, shared=shared, place=place, group=group, rules=rules, interpreted=interpreted
         )
-        mine = jax.lax.div(place.count + (READERS - 1) - group, jnp.int32(READERS))
-        state = jax.lax.fori_loop(0, mine, step, _begin(q.shape[-1], interpreted))
+        state = jax.lax.fori_loop(0, place.steps(group), step, _begin(size, interpreted))
         _finish(state, out, log_sums, shared, place, group)
-
-
-def _place(length: Any, first: Any, rules: Rules, splits: int) -> Place:
-    """Of the blocks that any row sees, an even share: a short sequence is cut as finely as a long one."""
-    sequence, head, part = (jax.lax.axis_index(name) for name in ("sequence", "head", "part"))
-    held, position, block = length[sequence], first[sequence], jnp.int32(BLOCK)
-    end = jnp.minimum(held, position + rules.tokens) if rules.causal else held
-    begin = jnp.int32(0)
-    if rules.window is not None:
-        begin = jax.lax.div(jnp.maximum(position - (rules.window - 1), 0), block)
-    last = jax.lax.div(jnp.maximum(end, 0) + (BLOCK - 1), block)
-    share = jax.lax.div(jnp.maximum(last - begin, 0) + (splits - 1), jnp.int32(splits))
-    start = begin + part * share
-    count = jnp.maximum(jnp.minimum(last, start + share) - start, 0)
-    return Place(
-        sequence=sequence, head=head, part=part, length=held, first=position, start=start, count=count
-    )
-
-
-def _load(q: Any, keys: Any, values: Any, shared: dict[str, Any], place: Place) -> None:
-    """Bring the queries, then each block as soon as its slot is free."""
-    rows, size = q.shape[2:]
-    slots = shared["keys"].shape[0]
-    mine = q.at[place.sequence, place.head]
-    plgpu.copy_gmem_to_smem(mine, shared["q"].at[pl.ds(0, rows)], shared["q_ready"])
-
-    @pl.loop(0, place.count)
-    def bring(j: Any) -> None:
-        slot = jax.lax.rem(j, jnp.int32(slots))
-        tokens = pl.ds((place.start + j) * BLOCK, BLOCK)
-        for name, cached in (("keys", keys), ("values", values)):
-
-            @pl.when(j >= slots)
-            def wait(name: str = name) -> None:
-                plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
-
-            source = cached.at[place.sequence, tokens, pl.ds(place.head * size, size)]
-            plgpu.copy_gmem_to_smem(source, shared[name].at[slot], shared[f"{name}_ready"].at[slot])
 
 
 def _begin(size: int, interpreted: bool) -> tuple[Array, Array, Array]:
     """Weighed values [64, H], peaks and sums of the softmax [64], of no token."""
-
-    def full(shape: tuple[int, ...], value: float, layout: Any) -> Array:
-        return mosaic.laid(jnp.full(shape, value, jnp.float32), layout, interpreted=interpreted)
-
-    by_row = plgpu.Layout.WGMMA.reduce(1)
-    peaks, sums = full((ROWS,), -jnp.inf, by_row), full((ROWS,), 0.0, by_row)
-    return full((ROWS, size), 0.0, plgpu.Layout.WGMMA), peaks, sums
+    peaks, sums = (mosaic.full((ROWS,), value, interpreted=interpreted) for value in (-jnp.inf, 0.0))
+    return mosaic.full((ROWS, size), 0.0, interpreted=interpreted), peaks, sums
 
 
 def _step(
@@ -222,12 +140,11 @@ def _step(
     """One block of tokens; scores and peaks are those of the softmax times log2(e)."""
     mixed, peak, total = state
     j = group + READERS * i
-    slot = jax.lax.rem(j, jnp.int32(shared["keys"].shape[0]))
     token = (place.start + j) * BLOCK
 
-    plgpu.barrier_wait(shared["keys_ready"].at[slot])
-    raw = mosaic.product(shared["q"], shared["keys"].at[slot], turned=True, interpreted=interpreted)
-    plgpu.barrier_arrive(shared["keys_free"].at[slot])
+    keys = ring.take(shared, "keys", j)
+    raw = mosaic.product(shared["q"], keys, turned=True, interpreted=interpreted)
+    ring.give(shared, "keys", j)
     raw = _masked(_capped(raw, rules), token, place, rules, interpreted)
 
     now = jnp.maximum(peak, raw.max(axis=1))
@@ -236,18 +153,10 @@ def _step(
     p = jnp.exp2(raw - _across(level, raw))
     total = total * shrunk + p.sum(axis=1)
 
-    plgpu.barrier_wait(shared["values_ready"].at[slot])
-    values = shared["values"].at[slot]
-
-    @pl.when(token + BLOCK > place.length)
-    def clear() -> None:
-        inside = token + mosaic.iota(values.shape, 0, interpreted=interpreted) < place.length
-        rows = values[...]
-        values[...] = jnp.where(inside, rows, jnp.zeros_like(rows))
-        plgpu.commit_smem()
-
+    values = ring.take(shared, "values", j)
+    ring.clear(values, token, place.length, interpreted=interpreted)
     new = mosaic.product(p.astype(values.dtype), values, interpreted=interpreted)
-    plgpu.barrier_arrive(shared["values_free"].at[slot])
+    ring.give(shared, "values", j)
     return mixed * _across(shrunk, mixed) + new, now, total
 
 
@@ -300,7 +209,7 @@ def _finish(
     shared["out"][group] = mixed / _across(whole, mixed)
     shared["log_sums"][group] = jnp.where(sees, peak / LOG2E + jnp.log(whole), MASK)
     plgpu.commit_smem()
-    at = (place.part * READERS + group, place.sequence, place.head)
+    at = (place.part * READERS + group, place.sequence, place.column)
     rows = pl.ds(0, out.shape[3])
     plgpu.copy_smem_to_gmem(shared["out"].at[group, rows], out.at[at])
     plgpu.copy_smem_to_gmem(shared["log_sums"].at[group], log_sums.at[at])

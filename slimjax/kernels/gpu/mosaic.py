@@ -65,16 +65,19 @@ def tiled(shape: Sequence[int], dtype: Any) -> Any:
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
-def laid(x: jax.Array, layout: Any, *, interpreted: bool) -> jax.Array:
-    """An array in registers in this layout."""
-    return x if interpreted else plgpu.layout_cast(x, layout)
+def full(shape: Sequence[int], value: float, *, interpreted: bool) -> jax.Array:
+    """One number in the layout of the results of products, [64, n] float32, or of their rows, [64]."""
+    layout: Any = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return _laid(jnp.full(tuple(shape), value, jnp.float32), layout, interpreted)
 
 
 def iota(shape: Sequence[int], axis: int, *, interpreted: bool) -> jax.Array:
-    """Indices along an axis, int32, laid out as the results of products."""
-    return laid(
-        jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis), plgpu.Layout.WGMMA, interpreted=interpreted
-    )
+    """Indices along an axis, int32, in the layout of the results of products."""
+    return _laid(jax.lax.broadcasted_iota(jnp.int32, tuple(shape), axis), plgpu.Layout.WGMMA, interpreted)
+
+
+def _laid(x: jax.Array, layout: Any, interpreted: bool) -> jax.Array:
+    return x if interpreted else plgpu.layout_cast(x, layout)
 
 
 def product(a: Any, b: Any, *, turned: bool = False, interpreted: bool) -> jax.Array:

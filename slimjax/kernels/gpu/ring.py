@@ -1,0 +1,140 @@
+"""What kernels for Hopper share: which tokens a block of threads works on, and how their rows reach it.
+
+The last warpgroup of a block of threads brings blocks of 64 tokens to slots of shared memory by TMA, the others take
+every other block and set its slot free again. Products have 64 rows. Those that hold no query hold what was in shared
+memory, and are not written out: a row never mixes with another.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from slimjax.kernels.gpu import mosaic
+
+ROWS = 64  # of a product
+BLOCK = 64  # tokens
+READERS = 2  # warpgroups that multiply
+BUFFERS = 144 * 1024  # bytes of shared memory for rows on their way; queries and answers take 40 to 80 KiB
+LOADING, READING = 40, 232  # registers of a thread
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The static half of a call.
+
+    Attributes:
+        group, tokens: G, T; row m of a key head is query head m % G of query token m // G.
+        scale, softcap, window, causal: as in ``DecodeSpec``.
+    """
+
+    group: int
+    tokens: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    causal: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """What a block of threads works on: its indices, its sequence, and ``count`` blocks of tokens from ``start`` on.
+
+    ``column``: its key head, or its part of the columns.
+    """
+
+    sequence: Any
+    column: Any
+    part: Any
+    length: Any
+    first: Any
+    start: Any
+    count: Any
+
+    def steps(self, group: Any) -> Any:
+        """Blocks that a reader takes."""
+        return jax.lax.div(self.count + (READERS - 1) - group, jnp.int32(READERS))
+
+
+def grid(columns: int, splits: int, batch: int) -> dict[str, int]:
+    """Columns first: neighbours read the same rows at the same time."""
+    return {"column": columns, "part": splits, "sequence": batch}
+
+
+def place(length: Any, first: Any, rules: Rules, splits: int) -> Place:
+    """Of the blocks that any row sees, an even share: a short sequence is cut as finely as a long one."""
+    sequence, column, part = (jax.lax.axis_index(name) for name in ("sequence", "column", "part"))
+    held, position, block = length[sequence], first[sequence], jnp.int32(BLOCK)
+    end = jnp.minimum(held, position + rules.tokens) if rules.causal else held
+    begin = jnp.int32(0)
+    if rules.window is not None:
+        begin = jax.lax.div(jnp.maximum(position - (rules.window - 1), 0), block)
+    last = jax.lax.div(jnp.maximum(end, 0) + (BLOCK - 1), block)
+    share = jax.lax.div(jnp.maximum(last - begin, 0) + (splits - 1), jnp.int32(splits))
+    start = begin + part * share
+    count = jnp.maximum(jnp.minimum(last, start + share) - start, 0)
+    return Place(
+        sequence=sequence, column=column, part=part, length=held, first=position, start=start, count=count
+    )
+
+
+def depth(size: int) -> int:
+    """Slots for blocks of so many bytes. Each belongs to one reader."""
+    return BUFFERS // size // READERS * READERS
+
+
+def slots(count: int, **widths: int) -> dict[str, Any]:
+    """Shared memory for blocks of bfloat16 rows by name, [slots, 64, width], and two barriers of every slot.
+
+    "ready": its rows have come; "free": they are no longer needed.
+    """
+    held: dict[str, Any] = {}
+    for name, width in widths.items():
+        held[name] = mosaic.tiled((count, BLOCK, width), jnp.bfloat16)
+        held |= {f"{name}_{state}": plgpu.Barrier(num_barriers=count) for state in ("ready", "free")}
+    return held
+
+
+def load(shared: dict[str, Any], place: Place, sources: dict[str, Callable[[Any], Any]]) -> None:
+    """Bring each block as soon as its slot is free. ``sources``: by name, of the block's tokens, what is copied."""
+
+    @pl.loop(0, place.count)
+    def bring(j: Any) -> None:
+        tokens = pl.ds((place.start + j) * BLOCK, BLOCK)
+        for name, source in sources.items():
+            count, cached = shared[name].shape[0], source(tokens)
+            slot = jax.lax.rem(j, jnp.int32(count))
+
+            @pl.when(j >= count)
+            def wait(name: str = name, slot: Any = slot) -> None:
+                plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
+
+            held = shared[name].at[slot, pl.ds(0, cached.shape[0])]
+            plgpu.copy_gmem_to_smem(cached, held, shared[f"{name}_ready"].at[slot])
+
+
+def take(shared: dict[str, Any], name: str, j: Any) -> Any:
+    """The slot of the j-th block, once its rows have come."""
+    slot = jax.lax.rem(j, jnp.int32(shared[name].shape[0]))
+    plgpu.barrier_wait(shared[f"{name}_ready"].at[slot])
+    return shared[name].at[slot]
+
+
+def give(shared: dict[str, Any], name: str, j: Any) -> None:
+    """Set the slot of the j-th block free."""
+    plgpu.barrier_arrive(shared[f"{name}_free"].at[jax.lax.rem(j, jnp.int32(shared[name].shape[0]))])
+
+
+def clear(rows: Any, token: Any, length: Any, *, interpreted: bool) -> None:
+    """Zeros in the place of rows past the length: they may be NaN, and 0 * NaN is NaN. ``token``: the first's."""
+
+    @pl.when(token + BLOCK > length)
+    def ragged() -> None:
+        inside = token + mosaic.iota(rows.shape, 0, interpreted=interpreted) < length
+        held = rows[...]
+        rows[...] = jnp.where(inside, held, jnp.zeros_like(held))
+        plgpu.commit_smem()
