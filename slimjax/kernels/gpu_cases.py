@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from slimjax.attention.bases import basis
+from slimjax.attention.positions import Position
 from slimjax.attention.projections import DecodeWeights
 from slimjax.cache import Cache, codec_of, empty
 from slimjax.kernels import pallas_gpu
@@ -40,6 +41,7 @@ class Case:
         return dataclasses.replace(shape.spec(self.scheme, "bfloat16"), **dict(self.options))
 
 
+PLAIN = ("position", Position())  # keys alone are served without RoPE
 CASES = (
     Case(scheme="kv:bf16", shape="llama-2-7b"),
     Case(scheme="kv:bf16", shape="llama-2-7b", tokens=8),
@@ -51,6 +53,11 @@ CASES = (
     Case(scheme="kv:bf16", shape="whisper-large-self", tokens=4),
     Case(scheme="kv:bf16", shape="whisper-large-cross"),
     Case(scheme="kv:bf16", shape="t5-11b-cross"),
+    Case(scheme="k2:bf16", shape="llama-2-7b", options=(PLAIN,)),
+    Case(scheme="k2:bf16", shape="phi-3-mini", options=(PLAIN,)),
+    Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=2, options=(PLAIN,)),
+    Case(scheme="k2:bf16", shape="whisper-large-self", tokens=3),
+    Case(scheme="k2:bf16", shape="whisper-large-cross"),
 )
 
 
@@ -61,7 +68,11 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     cache: Cache = jax.eval_shape(lambda: empty(streams, codec, batch=BATCH, capacity=CAPACITY))
     query = jax.ShapeDtypeStruct((BATCH, case.tokens, spec.heads, spec.head_dim), jnp.bfloat16)
     start = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-    return functools.partial(_decode, spec=spec), (query, cache, DecodeWeights(), start)
+    weights = DecodeWeights()
+    if spec.scheme.basis == "k":
+        shape = (spec.key_width, spec.kv_heads, spec.head_dim)
+        weights = DecodeWeights(w_kv=jax.eval_shape(lambda: jnp.zeros(shape, jnp.float32)))
+    return functools.partial(_decode, spec=spec), (query, cache, weights, start)
 
 
 def _decode(q: Any, cache: Any, weights: Any, start: Any, *, spec: DecodeSpec) -> Any:

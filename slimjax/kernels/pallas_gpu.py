@@ -5,9 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from slimjax.attention.bases import basis
 from slimjax.attention.compute import compute_text
+from slimjax.attention.masks import visible
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache, codec_of
@@ -16,7 +18,9 @@ from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
 from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
+from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
 from slimjax.kernels.spec import DecodeSpec
+from slimjax.numerics import MASK
 
 SIZES = (64, 96, 128)  # of heads
 PROCESSORS = 132  # of a H100 or H200; each works on one part of one key head at a time
@@ -46,43 +50,106 @@ def decode(
         NotImplementedError: what the kernels, or the GPU in use, do not serve, with the reason.
         ValueError: fewer than one part.
     """
-    batch, tokens, heads, size = q.shape
-    if reason := refusal(spec, tokens, cache.capacity) or (None if interpret is not None else _old_gpu()):
+    reason = refusal(spec, q.shape[1], cache.capacity, biased=weights.k_bias is not None)
+    if reason := reason or (None if interpret is not None else _old_gpu()):
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
+    if splits is not None and splits < 1:
+        raise ValueError(f"{splits=}: expected at least one part")
     if interpret is None:
         interpret = False if jax.default_backend() == "gpu" else interpreter()
-    splits = parts(batch * spec.kv_heads, cache.capacity) if splits is None else splits
-    if splits < 1:
-        raise ValueError(f"{splits=}: expected at least one part")
-    positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-    ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec)
-    rows = ready.reshape(batch, tokens, spec.kv_heads, spec.group, size).swapaxes(1, 2)
-    rows = rows.reshape(batch, spec.kv_heads, tokens * spec.group, size).astype(spec.dtype)
-    padded = jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % ALIGNED), (0, 0)))
-    keys, values = (cache.streams[name].leaves[0] for name in ("k", "v"))
+    positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec).astype(spec.dtype)
     rules = Rules(
         group=spec.group,
-        tokens=tokens,
+        tokens=q.shape[1],
         scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
         softcap=spec.softcap,
         window=spec.window,
         causal=spec.causal,
     )
     held = jnp.minimum(cache.length, cache.capacity)  # an overfull cache is NaN below: nothing to wait for
-    answers, log_sums = attend_heads(
-        padded, keys, values, held, start, rules, splits=splits, interpret=interpret
-    )
-    mixed, _ = combine(answers, log_sums[..., : padded.shape[2]])
-    out = mixed[:, :, : rows.shape[2]].reshape(batch, spec.kv_heads, tokens, spec.group, size).swapaxes(1, 2)
-    out = out.reshape(batch, tokens, heads, size).astype(spec.dtype)
+    attend = _slim if spec.scheme.basis == "k" else _plain
+    mixed = attend(ready, cache, held, start, rules, splits, interpret)
+    out = basis(spec).finish(mixed, weights, spec).astype(spec.dtype)
     return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
 
 
-def refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
-    """Why no kernel serves this spec, so many query tokens and slots, or None."""
+def _plain(
+    q: Queries,
+    cache: Cache,
+    length: Lengths,
+    start: Lengths,
+    rules: Rules,
+    splits: int | None,
+    interpret: Any,
+) -> Float[Array, "B T N H"]:
+    """Keys and values."""
+    rows = _by_key_head(q, rules)
+    splits = parts(rows.shape[0] * rows.shape[1], cache.capacity) if splits is None else splits
+    keys, values = (cache.streams[name].leaves[0] for name in ("k", "v"))
+    answers, log_sums = attend_heads(
+        rows, keys, values, length, start, rules, splits=splits, interpret=interpret
+    )
+    mixed, _ = combine(answers, log_sums[..., : rows.shape[2]])
+    mixed = mixed[:, :, : rules.tokens * rules.group]
+    mixed = mixed.reshape(*mixed.shape[:2], rules.tokens, rules.group, -1).swapaxes(1, 2)
+    return mixed.reshape(q.shape)
+
+
+def _slim(
+    q: Queries,
+    cache: Cache,
+    length: Lengths,
+    start: Lengths,
+    rules: Rules,
+    splits: int | None,
+    interpret: Any,
+) -> Float[Array, "B T N E"]:
+    """Keys alone, weighed as whole rows. A bias of the keys moves all scores of a query alike, and is left out."""
+    batch, tokens, heads, _ = q.shape
+    keys, rows = cache.streams["k"].leaves[0], _by_key_head(q, rules)
+    first = parts(batch * rows.shape[1], cache.capacity) if splits is None else splits
+    raw = score_rows(rows, keys, length, start, rules, splits=first, interpret=interpret)
+    raw = raw[:, :, : tokens * rules.group].reshape(batch, -1, tokens, rules.group, raw.shape[-1])
+    p = _softmax(raw * rules.scale, length, start, rules).swapaxes(1, 2)
+    p = _padded(p.reshape(batch, tokens * heads, -1).astype(keys.dtype))
+    columns = batch * keys.shape[2] // column_width(keys.shape[2])
+    second = parts(columns, cache.capacity) if splits is None else splits
+    mixed = weigh_rows(p, keys, length, start, rules, splits=second, interpret=interpret).sum(axis=0)
+    return mixed[:, : tokens * heads].reshape(batch, tokens, heads, -1)
+
+
+def _softmax(
+    scores: Float[Array, "B K T G S"], length: Lengths, start: Lengths, rules: Rules
+) -> Float[Array, "B K T G S"]:
+    """Weights; 0 where a query does not see, whatever is there."""
+    if rules.softcap is not None:
+        scores = rules.softcap * jnp.tanh(scores / rules.softcap)
+    positions = start[:, None] + jnp.arange(rules.tokens, dtype=jnp.int32)[None]
+    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    seen = visible(positions, slots, length, causal=rules.causal, window=rules.window)[:, :, :, None]
+    peak = jnp.max(jnp.where(seen, scores, MASK), axis=-1, keepdims=True)
+    p = jnp.where(seen, jnp.exp(scores - peak), 0.0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    return p / jnp.where(total == 0, 1.0, total)
+
+
+def _by_key_head(q: Queries, rules: Rules) -> Float[Array, "B K R H"]:
+    """Queries as rows of the key heads that they meet, token by token, filled up."""
+    batch, tokens, heads, size = q.shape
+    rows = q.reshape(batch, tokens, heads // rules.group, rules.group, size).swapaxes(1, 2)
+    return _padded(rows.reshape(batch, heads // rules.group, tokens * rules.group, size))
+
+
+def _padded(rows: Float[Array, "*B M W"]) -> Float[Array, "*B R W"]:
+    return jnp.pad(rows, (*[(0, 0)] * (rows.ndim - 2), (0, -rows.shape[-2] % ALIGNED), (0, 0)))
+
+
+def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = False) -> str | None:
+    """Why no kernel serves this spec, so many query tokens and slots, or None. ``biased``: keys have a bias."""
     scheme = spec.scheme
-    if scheme.basis != "kv":
-        return f"basis {scheme.basis} has no kernel for GPUs; kv has one"
+    if scheme.basis not in ("kv", "k"):
+        return f"basis {scheme.basis} has no kernel for GPUs; it has kv and k"
     if (mode := compute_text(scheme)) != "float":
         return f"compute mode {mode} has no kernel for GPUs"
     if scheme.softmax != "exact":
@@ -98,13 +165,29 @@ def refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
         return f"position scheme {spec.position.kind!r} has no kernel for GPUs"
     if spec.head_dim not in SIZES:
         return f"{spec.head_dim=} has no kernel for GPUs; it has {', '.join(map(str, SIZES))}"
-    if tokens * spec.group > ROWS:
-        return (
-            f"{tokens} query tokens of {spec.group} heads for every key head are more than {ROWS} rows; "
-            f"decode at most {ROWS // spec.group} at a time"
-        )
     if capacity % ALIGNED:
         return f"a cache of {capacity} slots has no kernel for GPUs; take a multiple of {ALIGNED}"
+    if scheme.basis == "k" and (reason := _slim_refusal(spec, biased)):
+        return reason
+    heads, of = (spec.heads, "a token") if scheme.basis == "k" else (spec.group, "a key head")
+    if tokens * heads > ROWS:
+        return (
+            f"{tokens} query tokens of {heads} heads {of} are more than {ROWS} rows; "
+            f"decode at most {ROWS // heads} at a time"
+        )
+    return None
+
+
+def _slim_refusal(spec: DecodeSpec, biased: bool) -> str | None:
+    """Why keys alone are not served, or None."""
+    if spec.scheme.option == 1:
+        return "option 1 rebuilds rows, which takes more time than reading them; use k2"
+    if spec.scheme.extra:
+        return "extra coordinates have no kernel for GPUs"
+    if spec.position.rotary:
+        return "RoPE on keys cached before it has no kernel for GPUs"
+    if biased and spec.softcap is not None:
+        return "a key bias under a softcap has no kernel for GPUs"
     return None
 
 
