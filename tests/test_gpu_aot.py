@@ -37,7 +37,10 @@ def test_a_missing_or_unknown_report_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="no Mosaic GPU kernel"):
         read_kernels(tmp_path)
     (tmp_path / "slimjax_toy_0.resources.txt").write_text(RESOURCES)
-    with pytest.raises(RuntimeError, match=r"slimjax_toy_0.resources: this process has compiled it before"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"slimjax_toy_0.resources: this process has compiled it, or",
+    ):
         read_kernels(tmp_path)
     (tmp_path / "slimjax_toy_0.ptxas").write_text("ptxas info : all is well")
     with pytest.raises(RuntimeError, match="written otherwise now"):

@@ -116,7 +116,8 @@ def compile_for_h100(function: Callable[..., Any], *specs: Any) -> tuple[Compile
     """Compile a function for a H100 (sm_90a): the program, and its Mosaic GPU kernels.
 
     Raises ImportError without the plugin, and what jax, ptxas and ``lower`` raise. A kernel that this process has
-    compiled before is not assembled again: RuntimeError, because nothing is told of it.
+    compiled before is not assembled again, and one that lowers a kernel before its first compilation is told nothing of
+    any: RuntimeError.
     """
     if problem := missing():
         raise ImportError(problem)
@@ -132,7 +133,7 @@ def compile_for_h100(function: Callable[..., Any], *specs: Any) -> tuple[Compile
 
 @contextmanager
 def _dumping(folder: str) -> Iterator[None]:
-    """Mosaic GPU, which reads its environment for every kernel, writes into the folder."""
+    """Mosaic GPU writes into the folder."""
     fresh = {**DUMPS, "MOSAIC_GPU_DUMP_TO": folder}
     before = {name: os.environ.get(name) for name in fresh}
     os.environ.update(fresh)
@@ -164,7 +165,9 @@ def read_kernels(folder: Path) -> tuple[Kernel, ...]:
 
 def _read(assembler: Path, resources: Path) -> Kernel:
     if not assembler.exists():
-        raise RuntimeError(f"nothing was told of {resources.stem}: this process has compiled it before")
+        raise RuntimeError(
+            f"nothing was told of {resources.stem}: this process has compiled it, or lowered kernels, before"
+        )
     said, taken = assembler.read_text(encoding="utf-8"), resources.read_text(encoding="utf-8")
     name, registers, stack = _NAME.search(said), _REGISTERS.search(said), _STACK.search(said)
     scratch = _SCRATCH.search(taken)
