@@ -123,10 +123,10 @@ def subject(
         **options,
     )
     x = (array(batch, tokens, width) * np.sqrt(width)).astype(np.float32).astype(np.float64)
-    return Subject(spec=spec, arrays=arrays, bias=_bias_parameters(where, heads, draw), x=x)
+    return Subject(spec=spec, arrays=arrays, bias=bias_parameters(where, heads, draw), x=x)
 
 
-def _bias_parameters(position: Position, heads: int, draw) -> dict[str, np.ndarray] | None:
+def bias_parameters(position: Position, heads: int, draw) -> dict[str, np.ndarray] | None:
     def array(*shape):
         return draw.standard_normal(shape).astype(np.float32).astype(np.float64)
 
@@ -149,7 +149,11 @@ def _bias_parameters(position: Position, heads: int, draw) -> dict[str, np.ndarr
 
 def oracle_bias(case: Subject, query_positions, key_positions) -> np.ndarray | None:
     """[N, T, S] by the papers' formulas, or None."""
-    position, value, heads = case.spec.position, case.bias, case.spec.heads
+    return bias_of(case.spec.position, case.bias, case.spec.heads, query_positions, key_positions)
+
+
+def bias_of(position: Position, value, heads: int, query_positions, key_positions) -> np.ndarray | None:
+    """The same of a position scheme and its trained parameters."""
     if position.kind == "alibi":
         of_pair = oracle.alibi(heads)
     elif position.kind == "t5":

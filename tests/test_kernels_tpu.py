@@ -81,6 +81,9 @@ CASES = [
     Case("x2:bf16", GQA, "alibi", "float32", 2),
     Case("x2:int16", GQA, dtype="float32"),
     Case("x2:bf16", GQA),
+    Case("kv:bf16", GQA, "t5", "float32", 3),
+    Case("k2:int16+8", TINY, "fire", "float32"),
+    Case("x2:bf16", GQA, "kerple", "float32", 2, splits=2),
     Case("e2:bf16", GQA, "none", "float32", 3, (("causal", False),)),
     Case("e2:bf16", TINY, "none", "bfloat16", 1, (("causal", False),)),
 ]
@@ -112,7 +115,9 @@ def made(case, seed=0):
     heads, kv_heads, size, width = case.layout
     interleaved = case.position == "interleaved"
     kind = "rope" if interleaved else case.position
-    position = Position(kind=kind, theta=1000.0, interleaved=interleaved)
+    position = dataclasses.replace(
+        suites.POSITIONS.get(kind, Position(kind=kind)), theta=1000.0, interleaved=interleaved
+    )
     spec = DecodeSpec(
         scheme=parse_scheme(case.scheme),
         heads=heads,
@@ -143,6 +148,10 @@ def made(case, seed=0):
     elif spec.scheme.basis != "kv":
         wk, wv = (array(width, kv_heads, size, scale=width**-0.5) for _ in range(2))
         weights = DecodeWeights(wk=wk, wv=wv)
+    learned = suites.bias_parameters(position, heads, draw)
+    if learned is not None:
+        learned = {name: jnp.asarray(each, jnp.float32) for name, each in learned.items()}
+        weights = dataclasses.replace(weights, position=learned)
     return array(batch, case.tokens, heads, size), cache, weights, spec
 
 
@@ -181,11 +190,11 @@ def expected(q, cache, weights, spec, start):
         "window": spec.window,
         "softcap": spec.softcap,
     }
-    if spec.position.kind == "alibi":
+    if spec.position.kind in ("alibi", "t5", "fire", "kerple"):
+        value = {name: np.asarray(each, np.float64) for name, each in (weights.position or {}).items()}
         steps = [np.asarray(start)[:, None] + np.arange(tokens)[None], np.arange(cache.capacity)]
-        mask["bias"] = np.stack(
-            [oracle.additive_bias(oracle.alibi(spec.heads), spec.heads, at, steps[1]) for at in steps[0]]
-        )
+        biases = [suites.bias_of(spec.position, value, spec.heads, at, steps[1]) for at in steps[0]]
+        mask["bias"] = np.stack(biases)
     rope, q = suites.rope_of(spec), np.asarray(q, np.float64)
     if rope:
         q = np.stack(
@@ -275,7 +284,6 @@ REFUSED = [
     (Case("kv:bf16@sas"), "softmax sas has no kernel"),
     (Case("kv:bf16#int8"), "compute mode int8 has no kernel"),
     (Case("kv:bf16", dtype="float16"), "float16 is none of a TPU's"),
-    (Case("kv:bf16", position="t5"), "position scheme 't5' has no kernel"),
     (Case("k2:int8"), "one scale for all heads"),
     (Case("kv:fp8(scale=0.1)"), "known scale"),
 ]

@@ -4,11 +4,11 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from slimjax.attention.bases import basis
 from slimjax.attention.compute import compute_text
-from slimjax.attention.positions import alibi_slopes, quarter_turn
+from slimjax.attention.positions import alibi_slopes, bias, quarter_turn
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, codec_of
@@ -46,6 +46,7 @@ class Operands:
         angles: under RoPE.
         key_bias: what is added to the keys before they are turned.
         slopes: ALiBi's, of every query row.
+        bias: of a trained position scheme, what is added to every score: 4*M bytes more a token.
     """
 
     length: Lengths
@@ -57,6 +58,7 @@ class Operands:
     angles: Angles | None
     key_bias: Float[Array, "1 W"] | None
     slopes: Float[Array, "M 1"] | None
+    bias: Float[Array, "B M C"] | None
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -72,8 +74,6 @@ def refusal(spec: DecodeSpec) -> str | None:
         return f"softmax {scheme.softmax} has no kernel; it has exact"
     if spec.dtype not in ("bfloat16", "float32"):
         return f"compute dtype {spec.dtype} is none of a TPU's; use bfloat16 or float32"
-    if spec.position.kind not in ("none", "learned", "rope", "alibi"):
-        return f"position scheme {spec.position.kind!r} has no kernel"
     codec = codec_of(scheme)
     for name in basis(spec).streams(spec):
         if reason := _codec_refusal(codec.stream(name), spec):
@@ -143,6 +143,7 @@ def operands(
         angles=None,
         key_bias=key_bias,
         slopes=_slopes(spec, tokens),
+        bias=_bias(weights, positions, cache.capacity, spec),
     ), rules
 
 
@@ -186,6 +187,19 @@ def _held(cache: Cache, name: str) -> Held:
     stored = cache.streams[name]
     codes, *scale = stored.leaves
     return Held(codes=codes, scale=scale[0] if scale else None, tokens_last=stored.tokens_last[0])
+
+
+def _bias(
+    weights: DecodeWeights, positions: Int[Array, "B T"], slots: int, spec: DecodeSpec
+) -> Float[Array, "B M C"] | None:
+    """ALiBi's, which is a product, is made where it is added."""
+    if not spec.position.trained:
+        return None
+    keys = jnp.arange(slots, dtype=jnp.int32)
+    found = bias(spec.position, weights.position, positions, keys, spec.heads, jnp.float32)
+    assert found is not None  # of a trained scheme
+    rows = jnp.swapaxes(found, 1, 2).reshape(len(positions), -1, slots)
+    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % 16), (0, 0)))
 
 
 def _slopes(spec: DecodeSpec, tokens: int) -> Float[Array, "M 1"] | None:

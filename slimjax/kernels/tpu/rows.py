@@ -53,7 +53,9 @@ def memory(operands: Operands, rules: Rules) -> Memory:
     fixed = 2 * 2 * operands.q[0].nbytes + 2 * rows * 4 * (_padded(sum(_answers(operands, rules))) + LANES)
     fixed += rows * 4 * (sum(map(_padded, widths)) + 2 * LANES)
     token = sum(2 * _padded(each.width) * each.codes.dtype.itemsize for each in held)
-    token += 3 * 4 * rows  # scores, weights and a copy of either
+    token += (
+        (3 if operands.bias is None else 5) * 4 * rows
+    )  # scores, weights and a copy of either; bias, twice
     # What the columns at work are turned into, float32 or pairs of bfloat16 (as the compiler was seen to).
     wide = operands.turned is not None or operands.keys.codes.dtype == jnp.int16
     token += (24 if wide else 8) * min(_padded(operands.keys.width), COLUMNS)
@@ -134,6 +136,8 @@ def _inputs(operands: Operands, block: int, at: Callable[..., Any]) -> tuple[dic
         name: array for name in places if (array := getattr(operands, name)) is not None
     }
     specs: dict[str, Any] = {name: places[name](array) for name, array in arrays.items()}
+    if operands.bias is not None:
+        arrays["bias"], specs["bias"] = operands.bias, tokens_last(operands.bias.shape[1])
     arrays["held"] = (operands.keys, *operands.further)
     specs["held"] = tuple(map(held, arrays["held"]))
     if operands.angles is not None:
@@ -240,7 +244,7 @@ def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) ->
         row, token = (jax.lax.broadcasted_iota(jnp.int32, raw.shape, axis) for axis in (0, 1))
         behind = jnp.abs(query_token(row, rules) - token - ahead)
         raw = raw - inputs["slopes"][...] * behind.astype(jnp.float32)
-    return raw
+    return raw + inputs["bias"][...] if "bias" in inputs else raw
 
 
 def _part(inputs: dict[str, Any], reader: Reader, columns: Any) -> Array:
