@@ -69,7 +69,10 @@ class Case:
 BATCH, CAPACITY = 16, 8192  # of the caches: at real widths each array of rows is larger than any VMEM
 HEADED, ROPE = ("kv:bf16", "kv:int8", "k2:bf16", "k2:int16+16"), ("smollm2-1.7b", "llama-2-7b", "tiny-rope")
 LATENT, CROSS = ("e2:bf16",), ("whisper-large-cross", "t5-11b-cross")
-TILED, TILED_TOO = ("kv:flashq4",), ("kv:flashq2", "kv:flashq8", "kv:flashq2-4@sas")  # these take minutes to compile
+TILED, TILED_TOO = (
+    ("kv:flashq4",),
+    ("kv:flashq2", "kv:flashq8", "kv:flashq2-4@sas"),
+)  # these take minutes to compile
 APPENDED = ("kv:bf16", "k2:int16+16", "kv:flashq4")
 IN_CI = 1  # shapes of each
 

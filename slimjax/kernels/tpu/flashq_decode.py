@@ -132,7 +132,7 @@ def _memory(spec: DecodeSpec, widths: tuple[FlashQ, ...], block: int, tokens: in
     states = 2 * rows * wide * 4 + 3 * spec.kv_heads * rows * LANES * 4
     heads = together(spec.kv_heads, spec.head_dim) * at_once(spec.kv_heads, spec.head_dim, queries)
     scores = 6 * heads * queries * (block // size) * block * 4
-    return 2 * (blocks + states) + 8 * block * heads * spec.head_dim + scores
+    return 2 * (blocks + states) + 2 * block * heads * spec.head_dim + scores
 
 
 def _rules(spec: DecodeSpec, tokens: int) -> Rules:
