@@ -203,7 +203,8 @@ def test_nothing_past_a_length_is_read(name):
 
     def poison(stored):
         spoilt = jax.tree.map(lambda leaf: leaf.at[:, 2:].set(_worst(leaf)), stored.tiles.tiles())
-        tiles = stored.tiles.written(spoilt, jnp.arange(stored.tiles.count)[None])
+        count = stored.tiles.count
+        tiles = stored.tiles.written(spoilt, jnp.broadcast_to(jnp.arange(count), (cache.batch, count)))
         buffer = stored.buffer.at[:, 6:].set(_worst(stored.buffer))
         scales = None if stored.scales is None else stored.scales.at[:, 6:].set(jnp.nan)
         return TiledRows(tiles=tiles, buffer=buffer, scale=stored.scale, scales=scales)
