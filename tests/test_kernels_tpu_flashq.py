@@ -125,11 +125,16 @@ def poisoned(cache, spec):
     return dataclasses.replace(cache, streams={name: spoilt(each) for name, each in cache.streams.items()})
 
 
+@functools.cache
+def decoder(**options):
+    """Compiled once for all calls of the same shapes."""
+    return jax.jit(functools.partial(pallas_tpu.decode, **options), static_argnums=3)
+
+
 def answers(case, q, cache, spec, start, *, interpret: Any = True):
     tiles = Tiles(block=8 * codec_for(spec).tile, splits=case.splits)
     generation = None if case.generation is None else GENERATIONS[case.generation]
-    options = {"tiles": tiles, "generation": generation, "interpret": interpret}
-    decoded = jax.jit(functools.partial(pallas_tpu.decode, **options), static_argnums=3)
+    decoded = decoder(tiles=tiles, generation=generation, interpret=interpret)
     return np.asarray(decoded(q, cache, DecodeWeights(), spec, start), np.float64)
 
 
