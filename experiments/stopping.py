@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: what a run does when it is told to stop, so that the same command can go on."""
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -59,13 +60,15 @@ def hush_late_writes() -> None:
     """For the rest of this process: what is left of a failed save says nothing more.
 
     Orbax raises at the first array that does not fit the disk, and closes the event loop that the others would report
-    to. They do so from TensorStore's threads, one traceback each, behind the line that says what has happened.
+    to. They do so from TensorStore's C++, in any thread, one traceback each, behind the line that says what has
+    happened. No Python called them: their tracebacks begin where the loop is asked, those of other errors above that.
     """
-    shown, main = sys.excepthook, threading.main_thread()
+    shown = sys.excepthook
+    asked = asyncio.BaseEventLoop.call_soon_threadsafe.__code__
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         late = kind is RuntimeError and str(error) == "Event loop is closed"
-        if not late or threading.current_thread() is main:
+        if not late or trace is None or trace.tb_frame.f_code is not asked:
             shown(kind, error, trace)
 
     sys.excepthook = hook
