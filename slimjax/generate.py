@@ -1,7 +1,7 @@
 """Text from a model: one jitted prefill, then one jitted ``lax.scan`` over the new tokens.
 
-Prompt length, capacity and number of new tokens are padded to buckets, so lengths within a bucket, like
-the tokens themselves, never compile anything anew.
+Prompt length and number of new tokens are padded to buckets, so lengths within a bucket, like the tokens themselves,
+never compile anything anew.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from slimjax.models.decoder import DecoderLM, init_caches
 from slimjax.numerics import MASK
 
 SMALLEST_BUCKET = 16
+SLOTS = 128  # what a longer cache's length is a multiple of: kernels read it in blocks
 _Caches = tuple[Cache, ...]
 
 
@@ -91,6 +92,7 @@ def generate(
     sampling: Sampling = Sampling(),
     key: Array | None = None,
     eos: int | None = None,
+    dtype: str | None = None,
 ) -> Int[Array, "B T"]:
     """Continue every prompt through the caches of ``layers``.
 
@@ -105,6 +107,7 @@ def generate(
         sampling: greedy by default.
         key: a ``jax.random.key``; needed unless greedy.
         eos: a token that ends a sequence; what follows it is filled with it.
+        dtype: compute dtype of all but attention, as in ``DecoderLM.with_cache``.
 
     Returns:
         [B, max_new_tokens].
@@ -124,12 +127,22 @@ def generate(
     layers = tuple(layers)
     key = jax.random.key(0) if key is None else key
     count = jnp.asarray(counts, jnp.int32)
-    logits, caches = _prefill(
-        graph, params, layers, jnp.asarray(padded), count, capacity=bucket(width + steps)
-    )
+    unit = SLOTS if width + steps > SLOTS else SMALLEST_BUCKET
+    slots = -(-(width + steps) // unit) * unit
+    logits, caches = _prefill(graph, params, layers, jnp.asarray(padded), count, capacity=slots, dtype=dtype)
     limit = jnp.asarray(max_new_tokens, jnp.int32)
     tokens = _continue(
-        graph, params, layers, logits, caches, limit, key, steps=steps, sampling=sampling, eos=eos
+        graph,
+        params,
+        layers,
+        logits,
+        caches,
+        limit,
+        key,
+        steps=steps,
+        sampling=sampling,
+        eos=eos,
+        dtype=dtype,
     )
     # Cut on the host: a slice on the device, or jnp.asarray, compiles a program for every new shape.
     return jax.device_put(np.asarray(tokens)[:, :max_new_tokens])
@@ -161,7 +174,7 @@ def _check(
         raise ValueError(f"{counts.max()} + {new} tokens are more than {reach} learned positions")
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
+@functools.partial(jax.jit, static_argnames=("graph", "capacity", "dtype"))
 def _prefill(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -170,14 +183,16 @@ def _prefill(
     lengths: Lengths,
     *,
     capacity: int,
+    dtype: str | None,
 ) -> tuple[Float[Array, "B V"], _Caches]:
     """Logits after each prompt's last token, and the filled caches."""
     caches = init_caches(layers, len(prompts), capacity)
-    logits, caches = nnx.merge(graph, params).with_cache(prompts, layers, caches, count=lengths, fresh=True)
+    model = nnx.merge(graph, params)
+    logits, caches = model.with_cache(prompts, layers, caches, count=lengths, fresh=True, dtype=dtype)
     return jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0], caches
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "steps", "sampling", "eos"))
+@functools.partial(jax.jit, static_argnames=("graph", "steps", "sampling", "eos", "dtype"))
 def _continue(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -190,6 +205,7 @@ def _continue(
     steps: int,
     sampling: Sampling,
     eos: int | None,
+    dtype: str | None,
 ) -> Int[Array, "B T"]:
     """``limit`` new tokens, of ``steps`` places; steps past the limit or after every eos cost nothing."""
     model = nnx.merge(graph, params)
@@ -202,7 +218,7 @@ def _continue(
         drawn = sample(last, jax.random.fold_in(key, step), sampling)
         token = jnp.where(done, jnp.full_like(drawn, end), drawn)
         done = done if eos is None else done | (token == end)
-        after, held = model.with_cache(token[:, None], layers, held)
+        after, held = model.with_cache(token[:, None], layers, held, dtype=dtype)
         return (after[:, 0], held, done), token
 
     def step(carry: tuple[Array, _Caches, Array], index: Array) -> tuple[tuple[Array, _Caches, Array], Array]:

@@ -108,11 +108,9 @@ class DecoderLM(nnx.Module):
         *,
         count: Lengths | None = None,
         fresh: bool = False,
+        dtype: str | None = None,
     ) -> tuple[Logits, tuple[Cache, ...]]:
         """Append T tokens to the caches and return their logits.
-
-        All but attention is computed in the accumulation dtype of the layers' specs, so that what a scheme
-        or a compute dtype changes is attention's alone.
 
         Args:
             tokens: [B, T]; a sequence's first token stands at position ``caches[0].length``.
@@ -120,11 +118,13 @@ class DecoderLM(nnx.Module):
             caches: one for each layer, from ``init_caches`` or an earlier call.
             count: [B], how many of the T tokens are no padding; None: all.
             fresh: the caches are empty, so attention may use its own exact keys and values (prefill).
+            dtype: compute dtype of all but attention; None: the accumulation dtype of the layers' specs, so that what
+                a scheme or a compute dtype changes is attention's alone.
 
         Returns:
             [B, T, V] logits (rows past ``count`` are meaningless) and the longer caches.
         """
-        dtype = layers[0].spec.accumulation.name
+        dtype = layers[0].spec.accumulation.name if dtype is None else dtype
         step = prefill if fresh else attend_cached
         longer: list[Cache] = []
         h = self.embed(tokens, dtype, caches[0].length)
