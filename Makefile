@@ -31,7 +31,7 @@ SHELL := bash
 # Targets share one environment; pip must not run in it twice at once.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity test-tpu test-gpu-aot tpu-matrix models lint format clean python-ok
+.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity test-tpu test-gpu-aot gpu gpu-part tpu-matrix models lint format clean python-ok
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -111,6 +111,17 @@ test-gpu-aot: $(STAMP)-gpu-aot ## compile the GPU kernels without a GPU (PYTHON=
 	SLIMJAX_REQUIRE_GPU_AOT=1 $(PYTEST) tests/test_gpu_aot.py tests/gpu $(ARGS)
 	$(PYTEST) tests/test_kernels_gpu.py $(ARGS)  # a process of its own: one that has lowered kernels is told nothing
 
+# On a machine with a GPU, each part in minutes; stopped, the same command goes on. With packages that are there already:
+# make gpu PART=decode GPU_PYTHON=python3, which installs nothing. JAX leaves PyTorch, a peer, memory.
+PARTS := parity ceilings decode generate breakdown
+GPU_PYTHON ?=
+gpu: export XLA_PYTHON_CLIENT_MEM_FRACTION ?= .6
+gpu: gpu-part $(if $(GPU_PYTHON),,$(STAMP)-gpu) ## measure on a GPU: PART=parity, ceilings, decode, generate or breakdown
+	$(or $(GPU_PYTHON),"$(BIN)/python") -m experiments.run configs/gpu/$(PART).gin --out results/gpu/$(PART) $(ARGS)
+
+gpu-part:
+	@case " $(PARTS) " in *" $(or $(PART),none) "*) ;; *) echo "PART=$(PART): expected one of $(PARTS)" >&2; exit 1;; esac
+
 tpu-matrix: $(STAMP)-tpu ## every kernel, shape and TPU generation, and their tables (PYTHON=python3.12)
 	"$(BIN)/python" -m experiments.tpu_matrix --cycles $(ARGS)
 	"$(BIN)/python" -m experiments.readme
@@ -147,7 +158,7 @@ $(STAMP)-run: $(STAMP)-venv $(PINS)
 	touch "$@"
 
 # The extras go on top of slimjax in the same environment.
-$(STAMP)-gguf $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-tpu $(STAMP)-gpu-aot: $(STAMP)-%: $(STAMP)-run
+$(STAMP)-gguf $(STAMP)-test $(STAMP)-lint $(STAMP)-parity $(STAMP)-tpu $(STAMP)-gpu $(STAMP)-gpu-aot: $(STAMP)-%: $(STAMP)-run
 	@echo "Installing the extra '$*' into $(VENV) ..."
 	$(INSTALL) '.[$*]'
 	touch "$@"

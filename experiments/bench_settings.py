@@ -46,17 +46,22 @@ class DecodeBenchConfig(BenchConfig):
     contexts: tuple[Count, ...] = (1024,)  # cached tokens
     implementations: tuple[str, ...] = ()  # of `slimjax.decode`; (): those made for the backend in use
     copy_bytes: Annotated[int, Range(least=1, most=1 << 40)] = 1 << 28  # moved to see how fast memory is
-    caches: Count = 4  # read in turns, so that the processor's own cache serves less
+    caches: Count = 4  # at most, read in turns, so that the processor's own cache serves less
+    steps: Count = 1  # in one timed program, for those that launching a program takes longer than
+    peers: tuple[str, ...] = ()  # of `experiments.decode_peers`; (): those made for the backend in use
     models: tuple[str, ...] = ()
     model_schemes: tuple[str, ...] = ("kv:float32", "k:float32")
     model_batches: tuple[Count, ...] = (1, 8)
+    model_dtype: ComputeDtype = "float32"  # of the models' weights and arithmetic
+    alike: bool = False  # every layer has the first one's weights, which alone is converted: for large models
     prompt_length: Count = 128
     generated: Count = 128
 
     def validate(self) -> None:
         if self.models:
             check_models(self.models)
-        for name in ("shapes", "schemes", "dtypes", "batches", "contexts", "model_schemes", "model_batches"):
+        lists = ("shapes", "schemes", "dtypes", "batches", "contexts", "implementations", "peers")
+        for name in (*lists, "model_schemes", "model_batches"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} = {values}: expected distinct values", name)

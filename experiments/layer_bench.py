@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 
 from experiments import schemes
 from experiments.bench_settings import LayerBenchConfig
-from experiments.decode_bench import random_projections
 from experiments.directory import RunDirectory
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from slimjax import timing
 from slimjax.attention.layer import CachedAttention, attend_cached, init_cache, prefill
+from slimjax.attention.projections import Projections
 from slimjax.axes import Inputs
 from slimjax.cache import Cache
 from slimjax.config import Config, ConfigError
@@ -109,6 +109,16 @@ def prepare(unit: Unit, config: LayerBench, directory: RunDirectory) -> Measure:
     """Random weights and inputs; a scheme's programs are made when a cell asks for them."""
     shape, batch, dtype = unit.data
     return _Layer(shape, batch, dtype, config.bench).measure
+
+
+@functools.lru_cache(maxsize=1)
+def random_projections(shape: Shape) -> Projections:
+    """Weights whose W_K is as well-conditioned as a random matrix is, float32."""
+    d, n, k, h = shape.width, shape.heads, shape.kv_heads, shape.head_dim
+    keys = jax.random.split(jax.random.key(SEED), 4)
+    sizes = ((d, n, h), (d, k, h), (d, k, h), (n, h, d))
+    wq, wk, wv, wo = (jax.random.normal(key, size) * d**-0.5 for key, size in zip(keys, sizes, strict=True))
+    return Projections(wq=wq, wk=wk, wv=wv, wo=wo)
 
 
 class _Layer:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 FILES = tuple(
     ROOT / name for name in ("README.md", "experiments/README.md", "experiments/ABLATION.md", "TPU_NOTES.md")
 )
+GPU = "gpu_"  # records of a part of `make gpu`
 MARKED = re.compile(
     r"(<!-- table:(?P<source>[\w-]+)/(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.S
 )
@@ -27,7 +28,9 @@ MARKED = re.compile(
 def render(text: str, folder: Path = ROOT / "experiments" / "records") -> str:
     """The text with every marked table as its records have it.
 
-    Raises ValueError for an unknown table or a file without records.
+    A part of `make gpu` without records is said to be not run.
+
+    Raises ValueError for an unknown table or any other file without records.
     """
 
     def fresh(match: re.Match[str]) -> str:
@@ -35,6 +38,9 @@ def render(text: str, folder: Path = ROOT / "experiments" / "records") -> str:
             path = folder / tpu_matrix.RECORDS.name
             return f"{match[1]}{tpu_matrix.rendered(path, match['name'])}{match[5]}"
         found = records.read(folder / f"{match['source']}.jsonl")
+        if not found and match["source"].startswith(GPU):
+            part = match["source"].removeprefix(GPU)
+            return f"{match[1]}Not run: no GPU was at hand. `make gpu PART={part}` runs it.\n{match[5]}"
         if not found:
             raise ValueError(f"{folder / match['source']}.jsonl: no records")
         return f"{match[1]}{_body(found, match['name'])}{match[5]}"

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, cast
 from experiments.bench_settings import DecodeBenchConfig, LayerBenchConfig, TrainBenchConfig, check_models
 from experiments.compare_settings import CompareConfig, SyntheticConfig
 from experiments.directory import RunDirectory
+from experiments.gpu_settings import BreakdownConfig, CeilingsConfig, ParityConfig
 from experiments.slim_settings import SlimErrorConfig, SlimRowsConfig, SlimWhisperConfig
 from slimjax.config import (
     CheckpointConfig,
@@ -41,6 +42,9 @@ EXPERIMENTS = {
     "train_bench": "experiments.train_bench",
     "decode_bench": "experiments.decode_bench",
     "layer_bench": "experiments.layer_bench",
+    "ceilings": "experiments.ceilings",
+    "parity": "experiments.parity",
+    "breakdown": "experiments.breakdown",
     "slim_whisper": "experiments.slim_whisper",
     "slim_error": "experiments.slim_error",
     "slim_rows": "experiments.slim_rows",
@@ -184,6 +188,9 @@ SECTIONS: dict[str, type[Config]] = {
     "TrainBench": TrainBenchConfig,
     "DecodeBench": DecodeBenchConfig,
     "LayerBench": LayerBenchConfig,
+    "Ceilings": CeilingsConfig,
+    "Parity": ParityConfig,
+    "Breakdown": BreakdownConfig,
     "SlimWhisper": SlimWhisperConfig,
     "SlimError": SlimErrorConfig,
     "SlimRows": SlimRowsConfig,

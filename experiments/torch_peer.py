@@ -7,9 +7,11 @@ that is allocated once. Imported only where torch is installed.
 # pyright: reportMissingImports=false, reportUnnecessaryTypeIgnoreComment=false
 # torch is an extra: types are checked without it too.
 
+import contextlib
+import itertools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -17,9 +19,13 @@ import torch
 from flax import nnx
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimjax.config import ModelConfig, TrainConfig
 from slimjax.models.layers import EPSILON
+
+if TYPE_CHECKING:
+    from experiments.decode_peers import Sizes
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": functional.silu,
@@ -179,17 +185,55 @@ def use_threads(count: int) -> None:
 
 
 def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, dtype: str, device: str
-) -> tuple[Callable[[], Tensor], Callable[[Any], object]]:
-    """One decode step in SDPA's own layout: q [B, 1, N, H], k and v [B, S, K, H]; and what waits for its result."""
-    query, keys, values = (
-        torch.tensor(np.ascontiguousarray(np.swapaxes(array, 1, 2)), device=device).to(getattr(torch, dtype))
-        for array in (q, k, v)
+    sizes: "Sizes", device: str, backend: str | None
+) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    """Decode steps in SDPA's own layout, [B, N, S, H], and what waits for their results.
+
+    Raises NotImplementedError where the backend of SDPA, a name of `torch.nn.attention.SDPBackend`, does not take them.
+    """
+    dtype, wait = getattr(torch, sizes.dtype), torch.cuda.synchronize if device == "cuda" else lambda: None
+    rows = torch.empty(
+        (sizes.batch, sizes.kv_heads, sizes.context, sizes.head_dim), device=device, dtype=dtype
     )
-    grouped = q.shape[2] > k.shape[2]
+    query = torch.randn((sizes.batch, sizes.heads, 1, sizes.head_dim), device=device, dtype=dtype)
+    held = [(torch.randn_like(rows), torch.randn_like(rows)) for _ in range(sizes.caches)]
+    turns = list(itertools.islice(itertools.cycle(held), sizes.steps))
+    grouped = sizes.heads > sizes.kv_heads
 
-    def call() -> Tensor:
-        with torch.inference_mode():
-            return functional.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
+    def steps() -> list[Tensor]:
+        chosen = sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext()
+        with torch.inference_mode(), chosen:
+            return [
+                functional.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
+                for keys, values in turns
+            ]
 
-    return call, lambda _: None if device == "cpu" else torch.cuda.synchronize()
+    try:
+        call = _graph(steps) if device == "cuda" else steps
+    except RuntimeError as error:  # "No available kernel"
+        raise NotImplementedError(f"torch's {backend}: {error}") from error
+    return call, lambda _: wait()
+
+
+def _graph(steps: Callable[[], Any]) -> Callable[[], Any]:
+    """The same as one CUDA graph: what is launched one by one waits for the CPU."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        steps()  # what is allocated or compiled at the first call is no part of the graph
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = steps()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def give_back() -> None:
+    """Memory of arrays that are no more, to the device: another framework may want it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -42,7 +42,8 @@ CELL = {
     "protected": "layers at either end under a scheme of their own",
     "protect": "where those layers are: ends, or middle for as many there",
     "protection": "that scheme",
-    "phase": "what is timed: a prefill, or decoding behind it",
+    "phase": "what is timed: a prefill, decoding behind it, or a stage of it",
+    "tokens": "query tokens",
     "threshold": "of SAS; 0: no cut",
     "degree": "of SAS's polynomial",
     "spread": "standard deviation of the logits",
@@ -50,6 +51,7 @@ CELL = {
 
 METRICS = {
     "attention_error": "relative L2 error of the attention output, worst layer",
+    "reference_error": "the same of the reference in the same dtype, on the same codes",
     "value_error": "relative L2 error of rebuilt values, worst layer",
     "identity_error": "relative L2 error of the attention output in float64 from an exact cache, worst layer",
     "calibration_error": "value error on inputs that were fitted on",
@@ -112,6 +114,7 @@ METRICS = {
     "copy_gigabytes_per_second": "what the device reached in a plain copy or sum, same run",
     "gigabytes_per_second": "bytes read and written over wall time",
     "share_of_copy_bandwidth": "gigabytes_per_second over that of a plain copy",
+    "teraflops_per_second": "multiplications and additions over wall time",
     "cycles": "estimated by a simulator or compiler",
     "vmem_bytes": "on-chip memory a kernel claims",
     "values_per_token": "cached values per token, all layers, keys and values kept",

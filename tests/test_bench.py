@@ -5,14 +5,17 @@ import json
 import re
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from experiments import decode_bench, run, train_bench
+from experiments import decode_bench, decode_models, decode_peers, run, train_bench
+from slimjax.config import ModelConfig
 from slimjax.kernels.shapes import SHAPES
 from slimjax.records import read
 from slimjax.report import facts
-from slimjax.solve import convert
 from slimjax.timing import Timing
 
 TRAIN = """
@@ -83,10 +86,10 @@ def test_decoding_without_pytorch(tmp_path):
         (r.cell.get("shape") or r.cell["model"], r.cell["scheme"], r.cell.get("backend", "")): r
         for r in records
     }
-    torch = by["tiny", "kv:float32", decode_bench.TORCH_PEER]
+    torch = by["tiny", "kv:float32", decode_peers.SDPA]
     assert torch.status == "refused"
     assert "slimjax[parity]" in torch.reason
-    ours, theirs = by["tiny", "k:int16", "reference"], by["tiny", "kv:float32", decode_bench.JAX_PEER]
+    ours, theirs = by["tiny", "k:int16", "reference"], by["tiny", "kv:float32", decode_peers.DOT]
     assert ours.metrics["speed_over_peer"] == pytest.approx(
         theirs.metrics["milliseconds"] / ours.metrics["milliseconds"]
     )
@@ -113,13 +116,13 @@ def test_a_stall_while_the_first_token_is_timed_is_measured_again(stalls, monkey
         stalled = generated == 1 and len(asked) <= 2 * stalls
         return Timing((100.0 if stalled else float(generated),) * least)
 
-    monkeypatch.setattr(decode_bench.timing, "time_calls", time_calls)
+    monkeypatch.setattr(decode_models.timing, "time_calls", time_calls)
     bench = decode_bench.DecodeBenchConfig(least=2, generated=60)
     if stalls == 3:
         with pytest.raises(ValueError, match="no longer than its first token"):
-            decode_bench._short_and_long(np.asarray, bench)
+            decode_models._short_and_long(np.asarray, bench)
     else:
-        short, long = decode_bench._short_and_long(np.asarray, bench)
+        short, long = decode_models._short_and_long(np.asarray, bench)
         assert (short.milliseconds, long.milliseconds) == (1.0, 60.0)
         assert asked == [(1, 2), (60, 2), (1, 8), (60, 8)]
 
@@ -143,13 +146,14 @@ def test_records_and_tables_name_the_version_of_pytorch_where_installed(bench, t
 @pytest.mark.parametrize("scheme", ["kv:bf16", "x1:int8"])
 def test_bytes_are_those_of_the_cache_and_the_weights(name, scheme):
     shape = SHAPES[name]
-    layer = convert(decode_bench.random_projections(shape), shape.spec(scheme, "float32")).layer
-    cache = decode_bench.random_cache(layer, 2, 6, seed=0)
+    spec = shape.spec(scheme, "float32")
+    random = decode_bench.random_weights(spec)
+    cache = decode_bench.random_cache(spec, 2, 6, seed=0)
     heads, size, d = shape.kv_heads, shape.head_dim, shape.width
     rows = {"kv:bf16": 2 * heads * size * 2, "x1:int8": d + 4}[scheme]
     weights = {"kv:bf16": 0, "x1:int8": 2 * d * heads * size * 4}[scheme]
     assert cache.nbytes == 2 * 6 * rows
-    assert decode_bench.bytes_read(layer, cache) == 2 * 6 * rows + weights
+    assert decode_bench.bytes_read(random, cache) == 2 * 6 * rows + weights
     assert cache.length.tolist() == [6, 6]
 
 
@@ -169,3 +173,30 @@ def test_a_peer_that_disagrees_would_show():
     assert found["speed_over_peer"] == pytest.approx(8 / 3)
     assert found["fastest_over_peer"] == pytest.approx(4.0)
     assert np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.usefixtures("no_torch")
+def test_a_model_in_bfloat16_whose_layers_are_alike(tmp_path):
+    """One conversion serves all layers, since they have the same weights; each has arrays of its own."""
+    text = re.sub(r"(?m)^DecodeBench.shapes.*\n", "DecodeBench.shapes = ()\n", DECODE)
+    text = text.replace("Model.layers = 1", "Model.layers = 3")
+    text += "DecodeBench.model_dtype = 'bfloat16'\nDecodeBench.alike = True\n"
+    peer, ours = records_of(tmp_path, text)
+    assert (peer.status, peer.cell["scheme"]) == ("refused", "kv:bf16")
+    assert "in float32, not in bfloat16" in peer.reason
+    assert (ours.status, ours.cell["dtype"]) == ("ok", "bfloat16")
+    row = 2 * 8 * 4  # K heads of H numbers, float32
+    assert ours.metrics["cache_bytes"] == 3 * 2 * (5 + 60) * row
+
+
+def test_layers_made_alike_are_what_conversion_makes_of_each():
+    config = ModelConfig(layers=2, width=16, heads=2, vocab=32)
+    model = decode_models._random_model(config, "bfloat16", alike=True)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
+    alike = decode_models._layers(model, "k:int16", "bfloat16", alike=True)
+    each = decode_models._layers(model, "k:int16", "bfloat16", alike=False)
+    assert len(alike) == 2
+    for mine, theirs in zip(jax.tree.leaves(alike), jax.tree.leaves(each), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    first, second = (layer.weights.w_kv for layer in alike)
+    assert first.unsafe_buffer_pointer() != second.unsafe_buffer_pointer()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import layer_bench, run
-from experiments.decode_bench import random_projections
+from experiments.layer_bench import random_projections
 from slimjax.attention.layer import attend_cached, init_cache, prefill
 from slimjax.kernels.shapes import SHAPES
 from slimjax.records import read

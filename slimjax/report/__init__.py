@@ -19,6 +19,7 @@ from slimjax.report import (
     ablation_front,
     ablation_plots,
     compare,
+    decoding,
     front,
     generic,
     paper,
@@ -56,13 +57,16 @@ TITLES = {
     "ablate": "Ablation",
     "decode_bench": "How long does a decoded token take?",
     "layer_bench": "How long does a layer take under each cache?",
+    "ceilings": "What can this device do at best?",
+    "parity": "Do the kernels give what the reference gives?",
+    "breakdown": "What does a decode step take its time for?",
     "train_bench": "How long does a training step take?",
     "slim_error": "Where slim attention's error comes from",
     "reasoning": "How many problems does a model still solve through its cache?",
     "compare": "Caches side by side",
     "synthetic": "Attention on Gaussian numbers",
 }
-SLIM, COMPARE = "slim_error", "compare"
+SLIM, COMPARE, DECODE = "slim_error", "compare", "decode_bench"
 # Experiments with tables and sentences of their own.
 TABLES = {
     SLIM: slim.slim_tables,
@@ -75,6 +79,7 @@ FINDINGS = {
     SLIM: slim.slim_findings,
     COMPARE: ablation_findings.ablation_findings,
     "synthetic": synthetic.synthetic_findings,
+    DECODE: decoding.decoding_findings,
 }
 MOST = 8  # models with a table each; beyond, one table of all cells is easier to read
 
@@ -261,6 +266,7 @@ def _figures(
         )
     found |= slim_plots.slim_plots(samples.select(records, experiment=SLIM))
     found |= ablation_plots.ablation_plots(samples.select(records, experiment=COMPARE))
+    found |= decoding.decoding_plots(samples.select(records, experiment=DECODE))
     if any("step" in line and ("loss" in line or "bits_per_byte" in line) for line in metrics):
         found["loss"] = ("Training loss.", plots.loss_plot(metrics))
     return found

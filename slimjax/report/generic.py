@@ -54,6 +54,8 @@ COLUMNS = {
     "speed_over_bf16": Column("kv:bf16's time / this", "ratio"),
     "fastest_over_peer": Column("the same of the fastest calls", "ratio"),
     "copy_gigabytes_per_second": Column("copy, GB per second", "number"),
+    "reference_error": Column("the reference's, same dtype", "error"),
+    "teraflops_per_second": Column("TFLOP per second", "number"),
     "gigabytes_per_second": Column("GB per second", "number"),
     "share_of_copy_bandwidth": Column("share of copy bandwidth, %", "percent"),
     "vmem_bytes": Column("on-chip memory (bytes)", "count"),

@@ -1,0 +1,148 @@
+"""Other programs for a decode step on plain keys and values, each in the layout that it likes best.
+
+Keys are as a cache holds them: rotated before, where there is RoPE; queries not at all, which flatters the peers. What
+is not installed, or not made for the device, is refused with the reason when it is asked for.
+"""
+
+import functools
+import importlib
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from experiments.train_bench import torch_peer
+from slimjax import timing
+from slimjax.axes import Keys, Queries, Values
+
+Step = Callable[[Queries, Keys, Values], Queries]
+DOT = "jax.nn.dot_product_attention"
+SDPA = "torch.scaled_dot_product_attention"
+# Of PyTorch: its name for each program that it would choose among by itself.
+TORCH = {SDPA: None, "torch flash": "FLASH_ATTENTION", "torch cudnn": "CUDNN_ATTENTION"}
+FLASH3, TOKAMAX, CUDNN = "flash_attn3_jax", "tokamax", "jax cudnn"
+PEERS = (DOT, CUDNN, *TORCH, FLASH3, TOKAMAX)
+EVERYWHERE = (DOT, SDPA)  # the others are for GPUs
+# The codec of a peer's keys and values: the compute dtype's own.
+CODECS = {"float64": "float64", "float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A peer about to be timed.
+
+    Attributes:
+        call: so many steps, one after the other, on the caches in turn.
+        wait: blocks until a call's result is there.
+        compile_seconds: None: nothing is compiled.
+    """
+
+    call: Callable[[], Any]
+    wait: Callable[[Any], Any] = jax.block_until_ready
+    compile_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a peer is asked: B queries of one token on so many distinct caches of S tokens, ``steps`` times a call."""
+
+    batch: int
+    context: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    caches: int
+    steps: int
+    threads: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of one cache."""
+        return 2 * self.batch * self.context * self.kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+
+
+def ready(name: str, sizes: Sizes) -> Ready:
+    """Arrays and a program for a peer.
+
+    Raises:
+        NotImplementedError: it is not installed, or not made for this device or dtype; with the reason.
+    """
+    if name in TORCH:
+        return _torch(sizes, TORCH[name])
+    step = _jax_step(name, sizes)
+    held = tuple(map(functools.partial(_keys_values, sizes), range(sizes.caches)))
+    query = _normal(sizes, 1, sizes.heads, jax.random.key(sizes.caches))
+    turns = tuple(itertools.islice(itertools.cycle(held), sizes.steps))
+    try:
+        program, seconds = timing.compiled(functools.partial(in_turn, step), query, turns)
+    except ImportError as error:  # what a peer itself imports when it is first used
+        raise NotImplementedError(f"{name}: {error}") from error
+    return Ready(lambda: program(query, turns), compile_seconds=seconds)
+
+
+def in_turn(step: Step, query: Queries, held: Sequence[tuple[Any, ...]]) -> list[Queries]:
+    """A step on each; every one is an argument of its own, so that none is left out as equal to another."""
+    return [step(query, *each) for each in held]
+
+
+def _keys_values(sizes: Sizes, seed: int) -> tuple[Keys, Values]:
+    first, second = jax.random.split(jax.random.key(seed))
+    k, v = (_normal(sizes, sizes.context, sizes.kv_heads, key) for key in (first, second))
+    return k, v
+
+
+def _normal(sizes: Sizes, tokens: int, heads: int, key: Array) -> Float[Array, "B S K H"]:
+    """In its own dtype at once: the largest would not fit beside themselves in float32."""
+    return jax.random.normal(key, (sizes.batch, tokens, heads, sizes.head_dim), jnp.dtype(sizes.dtype))
+
+
+def _jax_step(name: str, sizes: Sizes) -> Step:
+    """Raises NotImplementedError with the reason why there is none."""
+    if name == DOT:
+        return jax.nn.dot_product_attention
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"{name} is for GPUs")
+    if sizes.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(f"{name} has no {sizes.dtype}: bfloat16 or float16")
+    if name == CUDNN:
+        return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+    module = _installed(name)
+    if name == TOKAMAX:
+        return module.dot_product_attention
+    lengths = jnp.full((sizes.batch,), sizes.context, jnp.int32)
+
+    def flash(q: Queries, k: Keys, v: Values) -> Queries:
+        found = module.flash_mha_with_kvcache(q, k, v, cache_seqlens=lengths, num_splits=0)  # 0: it chooses
+        return found[0] if isinstance(found, tuple) else found
+
+    return flash
+
+
+def _installed(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise NotImplementedError(f"{name} is not installed: pip install {name.replace('_', '-')}") from error
+
+
+def _torch(sizes: Sizes, backend: str | None) -> Ready:
+    """On the CPU a call is as many steps; on a GPU one graph of them."""
+    peer = torch_peer()
+    peer.use_threads(sizes.threads)
+    device = "cuda" if jax.default_backend() == "gpu" and peer.torch.cuda.is_available() else "cpu"
+    if backend is not None and device == "cpu":
+        raise NotImplementedError(f"torch's {backend} is for GPUs")
+    call, wait = peer.attention(sizes, device, backend)
+    return Ready(call, wait)
+
+
+def give_back() -> None:
+    """Memory that PyTorch keeps for arrays that are no more."""
+    if peer := sys.modules.get("experiments.torch_peer"):
+        peer.give_back()
