@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool
@@ -15,6 +16,7 @@ from slimjax.axes import Inputs, Lengths, typed
 from slimjax.cache import Cache, append, codec_of, empty
 from slimjax.kernels.api import decode
 from slimjax.kernels.spec import DecodeSpec
+from slimjax.kernels.tpu.prompt import attend_prompt, refusal
 from slimjax.pytree import pytree, static
 
 
@@ -42,6 +44,7 @@ def attend_full(
     mask: Bool[Array, "B #N T T"] | None = None,
     length: Lengths | None = None,
     compute: Compute | None = None,
+    forward: bool = False,
 ) -> Inputs:
     """Attention of T tokens on themselves, no cache: training, scoring, prefill.
 
@@ -52,6 +55,8 @@ def attend_full(
         mask: further restricts what the spec's causality and window leave visible.
         length: [B], tokens of each right-padded sequence; None: all T.
         compute: in which arithmetic queries meet keys and values; None: floating point.
+        forward: nobody asks for a gradient, so that a kernel made for the backend may serve (on TPU: see
+            ``slimjax.kernels.tpu.prompt``).
 
     Returns:
         The layer's output in ``spec.dtype``.
@@ -64,6 +69,10 @@ def attend_full(
     k = rotate(project(x, projections.wk, projections.bk, spec.dtype), positions[None], spec.position)
     v = project(x, projections.wv, projections.bv, spec.dtype)
     k, v, outs = k.astype(spec.dtype), v.astype(spec.dtype), []
+    plain = forward and mask is None and compute is None
+    if plain and jax.default_backend() == "tpu" and refusal(spec, tokens) is None:
+        out = attend_prompt(q, k, v, spec, held)
+        return project_out(out, projections.wo, projections.bo, spec.dtype)
     # Other arithmetic has tiles of its own.
     blocks = causal_blocks(tokens, causal=spec.causal) if compute is None else [(0, tokens, tokens)]
     meet = attend if compute is None else compute.attend
@@ -109,7 +118,7 @@ def prefill(
         raise ValueError(f"prefill needs an empty cache, this one holds {cache.length.tolist()} tokens")
     spec = layer.spec
     compute = None if compute_text(spec.scheme) == "float" else compute_of(spec)
-    out = attend_full(x, layer.projections, spec, length=count, compute=compute)
+    out = attend_full(x, layer.projections, spec, length=count, compute=compute, forward=True)
     out = jnp.where(held[:, None, None], jnp.full_like(out, jnp.nan), out)
     return out, append_rows(x, layer, cache, count, prompt=True)
 
