@@ -1,6 +1,7 @@
 """A prompt's attention by splash attention, interpreted, beside the oracle."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,12 @@ import suites
 import oracle
 from slimjax import DecodeSpec, Position, parse_scheme
 from slimjax.attention import layer
+from slimjax.attention.compute import compute_of
 from slimjax.attention.positions import rotate
+from slimjax.kernels import prompts
 from slimjax.kernels.shapes import SHAPES
-from slimjax.kernels.tpu import prompt
+from slimjax.kernels.tpu import flashq_prompt, prompt
+from slimjax.kernels.tpu.generations import GENERATIONS
 from slimjax.numerics import relative_l2
 from slimjax.solve import convert
 
@@ -49,7 +53,8 @@ def rows(spec, lengths):
     def array(heads):
         return jnp.asarray(draw.standard_normal((len(lengths), TOKENS, heads, spec.head_dim)), jnp.float32)
 
-    return array(spec.heads), *(array(spec.kv_heads).astype(jnp.bfloat16) for _ in "kv")
+    k, v = (array(spec.kv_heads).astype(jnp.bfloat16) for _ in "kv")
+    return array(spec.heads), k, v
 
 
 @pytest.mark.parametrize(
@@ -60,8 +65,8 @@ def test_it_is_the_oracle(spec):
     q, k, v = rows(spec, lengths)
     keys = rotate(k, jnp.arange(TOKENS, dtype=jnp.int32)[None], spec.position).astype(jnp.bfloat16)
     past = (jnp.arange(TOKENS)[None] >= jnp.asarray(lengths)[:, None])[:, :, None, None]
-    spoilt = (jnp.where(past, jnp.nan, each).astype(jnp.bfloat16) for each in (keys, v))
-    found = prompt.attend_prompt(q, *spoilt, spec, jnp.asarray(lengths, jnp.int32), interpret=True)
+    k_spoilt, v_spoilt = (jnp.where(past, jnp.nan, each).astype(jnp.bfloat16) for each in (keys, v))
+    found = prompt.attend_prompt(q, k_spoilt, v_spoilt, spec, jnp.asarray(lengths, jnp.int32), interpret=True)
     rope = suites.rope_of(spec)
     exact = [np.asarray(each, np.float64) for each in (q, keys, v)]
     if rope:
@@ -100,29 +105,44 @@ def test_what_it_does_not_serve_it_refuses(changes, tokens, reason):
 def test_prefill_takes_it_on_a_tpu_and_nowhere_else(monkeypatch):
     shape = SHAPES["tiny-gqa"]
     spec = shape.spec("kv:bf16", "bfloat16")
-    keys = jax.random.split(jax.random.key(0), 2)
+    key = jax.random.key(0)
+
+    def weight(index, *size):
+        return 0.1 * jax.random.normal(jax.random.fold_in(key, index), size)
+
     made = layer.Projections(
-        **{
-            name: 0.1 * jax.random.normal(jax.random.fold_in(keys[0], index), size)
-            for index, (name, size) in enumerate(
-                {"wq": (128, 4, 32), "wk": (128, 2, 32), "wv": (128, 2, 32), "wo": (4, 32, 128)}.items()
-            )
-        }
+        wq=weight(0, 128, 4, 32), wk=weight(1, 128, 2, 32), wv=weight(2, 128, 2, 32), wo=weight(3, 4, 32, 128)
     )
     converted = convert(made, spec).layer
-    x = jax.random.normal(keys[1], (1, 130, 128))
+    x = jax.random.normal(key, (1, 130, 128))
     asked = []
 
     def attend(q, k, v, spec, length):
         asked.append(q.shape)
-        return prompt.attend_prompt(q, k, v, spec, length, interpret=True)
+        return real(q, k, v, spec, length, interpret=True)
 
-    monkeypatch.setattr(layer, "attend_prompt", attend)
+    real = prompt.attend_prompt
+    monkeypatch.setattr(prompt, "attend_prompt", attend)
     plain, _ = layer.prefill(x, converted, layer.init_cache(spec, batch=1, capacity=256))
     assert not asked
-    monkeypatch.setattr(layer.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(prompts.jax, "default_backend", lambda: "tpu")
     found, _ = layer.prefill(x, converted, layer.init_cache(spec, batch=1, capacity=256))
     assert asked == [(1, 130, 4, 32)]
     assert relative_l2(np.asarray(found, np.float64), np.asarray(plain, np.float64)) < 2 * TOLERANCE
     layer.attend_full(x, converted.projections, spec)  # of which a gradient may be asked
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("scheme", "served"), [("kv:flashq4@sas", True), ("kv:bf16#sage", False)])
+def test_other_arithmetic_has_a_kernel_of_its_own_or_none(scheme, served, monkeypatch):
+    spec = SHAPES["tiny-gqa"].spec(scheme, "bfloat16")
+    compute = compute_of(spec)
+    assert prompts.prompt_kernel(spec, 300, compute) is None
+    monkeypatch.setattr(prompts.jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(prompts, "running", lambda: GENERATIONS["v4"])
+    found = prompts.prompt_kernel(spec, 300, compute)
+    assert (found is not None) == served
+    if served:
+        assert isinstance(found, functools.partial)
+        assert found.func is flashq_prompt.attend_prompt
+        assert found.keywords == {"integer": compute, "tile": 64, "int8": False}

@@ -94,7 +94,7 @@ class Integer:
         if isinstance(codec, TiledCodec) and codec.integral:
             tiles = stored_tiles(cache, codec, where.query_positions)
             return self._attend(q, tiles, cache.capacity, codec.tile, 1, where, spec)
-        size = codec.span if isinstance(codec, TiledCodec) else self._tokens(spec)
+        size = codec.span if isinstance(codec, TiledCodec) else self.tokens(spec)
 
         def meet(q: Queries, held: Held, where: Geometry) -> Queries:
             def tiles(start: Int[Array, ""] | int, count: int) -> tuple[Tile, ...]:
@@ -116,10 +116,10 @@ class Integer:
             )
             return (tile_of(first, second),)
 
-        size = self._tokens(spec)
+        size = self.tokens(spec)
         return self._attend(q, tiles, k.shape[1], size, size, where, spec)
 
-    def _tokens(self, spec: DecodeSpec) -> int:
+    def tokens(self, spec: DecodeSpec) -> int:
         """Tokens of a tile: as chosen, or the codec's own."""
         codec = codec_of(spec.scheme)
         return self.tile or (codec.tile if isinstance(codec, TiledCodec) and codec.integral else TILE)

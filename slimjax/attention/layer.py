@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool
@@ -15,8 +14,8 @@ from slimjax.attention.reference import attend, causal_blocks, geometry
 from slimjax.axes import Inputs, Lengths, typed
 from slimjax.cache import Cache, append, codec_of, empty
 from slimjax.kernels.api import decode
+from slimjax.kernels.prompts import prompt_kernel
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.kernels.tpu.prompt import attend_prompt, refusal
 from slimjax.pytree import pytree, static
 
 
@@ -55,8 +54,8 @@ def attend_full(
         mask: further restricts what the spec's causality and window leave visible.
         length: [B], tokens of each right-padded sequence; None: all T.
         compute: in which arithmetic queries meet keys and values; None: floating point.
-        forward: nobody asks for a gradient, so that a kernel made for the backend may serve (on TPU: see
-            ``slimjax.kernels.tpu.prompt``).
+        forward: nobody asks for a gradient, so that a kernel made for the backend may serve
+            (``slimjax.kernels.prompts``).
 
     Returns:
         The layer's output in ``spec.dtype``.
@@ -69,9 +68,8 @@ def attend_full(
     k = rotate(project(x, projections.wk, projections.bk, spec.dtype), positions[None], spec.position)
     v = project(x, projections.wv, projections.bv, spec.dtype)
     k, v, outs = k.astype(spec.dtype), v.astype(spec.dtype), []
-    plain = forward and mask is None and compute is None
-    if plain and jax.default_backend() == "tpu" and refusal(spec, tokens) is None:
-        out = attend_prompt(q, k, v, spec, held)
+    if forward and mask is None and (prompt := prompt_kernel(spec, tokens, compute)):
+        out = prompt(q, k, v, spec, held)
         return project_out(out, projections.wo, projections.bo, spec.dtype)
     # Other arithmetic has tiles of its own.
     blocks = causal_blocks(tokens, causal=spec.causal) if compute is None else [(0, tokens, tokens)]

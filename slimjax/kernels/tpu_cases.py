@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from slimjax.attention.bases import basis
+from slimjax.attention.compute import compute_of
+from slimjax.attention.integer import Integer
 from slimjax.attention.projections import DecodeWeights
 from slimjax.cache import Cache, append, codec_of, empty
 from slimjax.kernels import pallas_tpu
 from slimjax.kernels.shapes import SHAPES
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import Tiles
-from slimjax.kernels.tpu import flashq, online
+from slimjax.kernels.tpu import flashq, flashq_prompt, online
 from slimjax.kernels.tpu.generations import GENERATIONS
 
 
@@ -66,6 +68,7 @@ class Case:
     ci: bool = False
 
 
+PROMPT = 2048  # tokens
 BATCH, CAPACITY = 16, 8192  # of the caches: at real widths each array of rows is larger than any VMEM
 HEADED, ROPE = ("kv:bf16", "kv:int8", "k2:bf16", "k2:int16+16"), ("smollm2-1.7b", "llama-2-7b", "tiny-rope")
 LATENT, CROSS = ("e2:bf16",), ("whisper-large-cross", "t5-11b-cross")
@@ -73,6 +76,7 @@ TILED, TILED_TOO = (
     ("kv:flashq4",),
     ("kv:flashq2", "kv:flashq8", "kv:flashq2-4@sas"),
 )  # these take minutes to compile
+PROMPTS = ("kv:flashq4", "kv:flashq4@sas", "kv:flashq4/128")
 APPENDED = ("kv:bf16", "k2:int16+16", "kv:flashq4")
 IN_CI = 1  # shapes of each
 
@@ -133,6 +137,32 @@ def build_append(generation: str, *, scheme: str, shape: str) -> Program:
     )
 
 
+def build_prompt(generation: str, *, scheme: str, shape: str) -> Program:
+    """The kernel of prompts in INT8 tiles, on codes: what makes them is XLA's."""
+    spec = SHAPES[shape].spec(scheme, "bfloat16")
+    integer = compute_of(spec)
+    assert isinstance(integer, Integer)
+    fixed = flashq_prompt.static(
+        spec, PROMPT, integer, integer.tokens(spec), int8=GENERATIONS[generation].int8
+    )
+
+    def codes(heads: int, *scales: int) -> Any:
+        whole = jax.ShapeDtypeStruct((1, heads, PROMPT, spec.head_dim), jnp.int8)
+        return whole, jax.ShapeDtypeStruct((1, heads, *scales), jnp.float32)
+
+    queries = codes(spec.heads, PROMPT // fixed.rows, 1, flashq_prompt.LANES)
+    keys = codes(spec.kv_heads, 1, PROMPT)
+    return Program(
+        function=functools.partial(
+            flashq_prompt.attend_codes, fixed=fixed, dtype=spec.dtype, interpret=False
+        ),
+        specs=(jax.ShapeDtypeStruct((1,), jnp.int32), queries, keys, keys),
+        name="slimjax_flashq_prompt",
+        running=1,  # of: begin, a block that is seen, the end
+        trips=fixed.columns // flashq_prompt.LANES,
+    )
+
+
 def _told(size: int) -> int:
     """What copies are told by: nothing where XLA may move the whole cache to VMEM."""
     return size if size > max(generation.vmem for generation in GENERATIONS.values()) else 0
@@ -183,7 +213,16 @@ def cases() -> tuple[Case, ...]:
         for scheme in APPENDED
         for shape in ROPE[:1]
     ]
-    return (*reading, *writing)
+    prompts = [
+        Case(
+            kernel=f"prompt {scheme}",
+            shape=ROPE[1],
+            build=_build(build_prompt, scheme, ROPE[1]),
+            ci=place < IN_CI,
+        )
+        for place, scheme in enumerate(PROMPTS)
+    ]
+    return (*reading, *writing, *prompts)
 
 
 def _build(build: Callable[..., Program], scheme: str, shape: str) -> Callable[[str], Program]:

@@ -4,8 +4,9 @@ O = softmax(Q K^T / sqrt(H)) V, causal: 2 T^2 N H multiplications and additions 
 written, so that from some hundred tokens on the products bind. A kernel for this exists; slimjax has none of its own.
 """
 
-import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +73,14 @@ def attend_prompt(
     return jnp.swapaxes(out, 1, 2)[:, :tokens].astype(spec.dtype)
 
 
-def _kernel(slots: int, block: int, spec: DecodeSpec, interpret: bool) -> functools.partial[jax.Array]:
+def _kernel(slots: int, block: int, spec: DecodeSpec, interpret: bool) -> Callable[..., Any]:
     """Made where it is traced: its tables of blocks are arrays."""
     square = (slots, slots)
     if spec.window is None:
         mask = splash_attention_mask.CausalMask(square)
     else:
         mask = splash_attention_mask.LocalMask(square, (spec.window - 1, 0), 0)
-    made = splash_attention_kernel.make_splash_mha(
+    return splash_attention_kernel.make_splash_mha(
         mask=splash_attention_mask.MultiHeadMask([mask] * spec.heads),
         block_sizes=splash_attention_kernel.BlockSizes(block_q=block, block_kv=block),
         attn_logits_soft_cap=spec.softcap,
@@ -87,4 +88,3 @@ def _kernel(slots: int, block: int, spec: DecodeSpec, interpret: bool) -> functo
         q_seq_shards=1,
         interpret=interpret,
     )
-    return functools.partial(made)
