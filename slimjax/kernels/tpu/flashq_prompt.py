@@ -35,7 +35,7 @@ from slimjax.kernels.tpu.online import LANES
 from slimjax.numerics import MASK
 
 TILES = (32, 64, 128)  # tokens
-QUERIES, KEYS = 128, 512  # of a block, at most
+QUERIES, KEYS = 512, 512  # of a block, at most
 _Codes = tuple[Array, Array]  # and their scales
 
 
