@@ -146,17 +146,17 @@ def build_prompt(generation: str, *, scheme: str, shape: str) -> Program:
         spec, PROMPT, integer, integer.tokens(spec), int8=GENERATIONS[generation].int8
     )
 
-    def codes(heads: int, *scales: int) -> Any:
-        whole = jax.ShapeDtypeStruct((1, heads, PROMPT, spec.head_dim), jnp.int8)
-        return whole, jax.ShapeDtypeStruct((1, heads, *scales), jnp.float32)
+    def codes(heads: int, *sizes: int) -> Any:
+        whole = jax.ShapeDtypeStruct((1, heads, *sizes), jnp.int8)
+        return whole, jax.ShapeDtypeStruct((1, heads, 1, PROMPT), jnp.float32)
 
-    queries = codes(spec.heads, PROMPT // fixed.rows, 1, flashq_prompt.LANES)
-    keys = codes(spec.kv_heads, 1, PROMPT)
+    queries = codes(spec.heads, PROMPT, spec.head_dim)
+    keys, values = (codes(spec.kv_heads, *sizes) for sizes in (queries[0].shape[2:], queries[0].shape[:1:-1]))
     return Program(
         function=functools.partial(
             flashq_prompt.attend_codes, fixed=fixed, dtype=spec.dtype, interpret=False
         ),
-        specs=(jax.ShapeDtypeStruct((1,), jnp.int32), queries, keys, keys),
+        specs=(jax.ShapeDtypeStruct((1,), jnp.int32), queries, keys, values),
         name="slimjax_flashq_prompt",
         running=1,  # of: begin, a block that is seen, the end
         trips=fixed.columns // flashq_prompt.LANES,

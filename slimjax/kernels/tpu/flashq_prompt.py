@@ -5,9 +5,8 @@ Of every head, tiles of G queries meet tiles of G keys, in order:
     S = s_q s_k (Q K^T) / sqrt(H)        P = exp(S - m), m the maximum so far        O = f O + s_p s_v (P / s_p) V
 
 with Q, K, V and P / s_p in INT8, both products in INT32 and f the factor between two maxima. It is what
-``attention.integer`` computes; the choices that the paper leaves open are those of its ``Integer``. Tiles of fewer keys
-than there are lanes go through the softmax beside each other, each with the maximum up to it; in the second product
-each has a scale of its own, and so a product of its own.
+``attention.integer`` computes; the choices that the paper leaves open are those of its ``Integer``. Queries lie on
+lanes, S^T [keys, queries] and O^T [H, queries], so that maxima and sums over keys need nothing across lanes.
 
 2 T^2 N H multiplications and additions, and 3 T N H + T K H bytes read and written beside the scales. Grid: (sequence,
 head, block of queries, block of keys); blocks ahead of the queries, behind the window or the end cost no copy.
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Bool, Float, Int8
 
 from slimjax.attention.integer import Integer
 from slimjax.attention.positions import rotate
@@ -35,7 +34,7 @@ from slimjax.kernels.tpu.online import LANES
 from slimjax.numerics import MASK
 
 TILES = (32, 64, 128)  # tokens
-QUERIES, KEYS = 512, 512  # of a block, at most
+QUERIES, KEYS = 1024, 512  # of a block, at most: many queries, whose steps hide each other's waiting
 _Codes = tuple[Array, Array]  # and their scales
 
 
@@ -105,9 +104,15 @@ def attend_prompt(
     fixed = static(spec, tokens, integer, tile, int8=int8)
     turned = rotate(q, jnp.broadcast_to(positions[None], q.shape[:2]), spec.position)
     out = attend_codes(
-        length, _queries(turned, fixed), _keys(k, fixed), _keys(v, fixed), fixed, spec.dtype, interpret
+        length,
+        _quantised(turned, fixed.rows, fixed),
+        _quantised(k, fixed.columns, fixed),
+        _quantised(v, fixed.columns, fixed, turned=True),
+        fixed,
+        spec.dtype,
+        interpret,
     )
-    return jnp.swapaxes(out, 1, 2)[:, :tokens]
+    return jnp.transpose(out, (0, 3, 1, 2))[:, :tokens]
 
 
 def static(spec: DecodeSpec, tokens: int, integer: Integer, tile: int, *, int8: bool) -> Static:
@@ -115,7 +120,7 @@ def static(spec: DecodeSpec, tokens: int, integer: Integer, tile: int, *, int8: 
     whole = math.ceil(tokens / tile) * tile
     return Static(
         tile=tile,
-        rows=min(QUERIES, whole),
+        rows=min(QUERIES, math.ceil(whole / LANES) * LANES),
         columns=min(KEYS, math.ceil(whole / LANES) * LANES),
         integer=integer,
         softmax=spec.scheme.softmax,
@@ -127,35 +132,27 @@ def static(spec: DecodeSpec, tokens: int, integer: Integer, tile: int, *, int8: 
 
 
 def _quantised(
-    rows: Queries, whole: int, fixed: Static
-) -> tuple[Int8[Array, "B N S H"], Float[Array, "B N tiles"]]:
-    """Codes and scales by head, of as many tiles as fill blocks of ``whole`` tokens."""
-    batch, _, heads, size = rows.shape
-    # Turned while they are floats: XLA takes minutes to compile the same for INT8.
-    turned = jnp.swapaxes(rows, 1, 2)
-    padded = jnp.pad(turned, ((0, 0), (0, 0), (0, -rows.shape[1] % whole), (0, 0)))
-    codes, scale = quantise(padded.reshape(batch, heads, -1, fixed.tile, 1, size))
-    return codes.reshape(padded.shape), scale[..., 0]
-
-
-def _queries(q: Queries, fixed: Static) -> tuple[Int8[Array, "B N R H"], Float[Array, "B N blocks 1 128"]]:
-    """Codes, and the scales of a block's tiles on lanes."""
-    codes, scale = _quantised(q, fixed.rows, fixed)
-    each = fixed.rows // fixed.tile
-    scales = scale.reshape(*scale.shape[:2], -1, 1, each)
-    return codes, jnp.pad(scales, ((0, 0),) * 4 + ((0, LANES - each),))
-
-
-def _keys(rows: Keys, fixed: Static) -> tuple[Int8[Array, "B K S H"], Float[Array, "B K 1 S"]]:
-    """Codes, and of every token its tile's scale."""
-    codes, scale = _quantised(rows, fixed.columns, fixed)
-    return codes, jnp.repeat(scale, fixed.tile, axis=2)[:, :, None]
+    rows: Queries, whole: int, fixed: Static, *, turned: bool = False
+) -> tuple[Int8[Array, "B N ..."], Float[Array, "B N 1 S"]]:
+    """Codes by head, [S, H] or ``turned`` [H, S], of as many tiles as fill blocks of ``whole`` tokens; and of every
+    token its tile's scale.
+    """
+    batch, tokens, heads, size = rows.shape
+    padded = jnp.pad(rows, ((0, 0), (0, -tokens % whole), (0, 0), (0, 0)))
+    # By head while they are floats: XLA takes minutes to compile the same for INT8.
+    by_head = jnp.transpose(padded, (0, 2, 1, 3))
+    codes, scale = quantise(by_head.reshape(batch, heads, -1, fixed.tile, 1, size))
+    if turned:
+        columns = jnp.transpose(padded, (0, 2, 3, 1)).astype(jnp.float32)
+        marks = jnp.repeat(scale[..., 0], fixed.tile, axis=2)[:, :, None]
+        return jnp.round(columns / marks).astype(jnp.int8), marks
+    return codes.reshape(by_head.shape), jnp.repeat(scale[..., 0], fixed.tile, axis=2)[:, :, None]
 
 
 def attend_codes(
     length: Lengths, queries: _Codes, keys: _Codes, values: _Codes, fixed: Static, dtype: str, interpret: Any
-) -> Float[Array, "B N R H"]:
-    """The kernel on codes and their scales."""
+) -> Float[Array, "B N H R"]:
+    """The kernel on codes, those of values [B, K, H, S], and their scales, [B, N, 1, S]."""
     batch, heads, slots, size = queries[0].shape
     rows, columns = fixed.rows, fixed.columns
     grid = (batch, heads, slots // rows, keys[0].shape[2] // columns)
@@ -170,28 +167,32 @@ def attend_codes(
     def head(n: Any) -> Any:
         return jax.lax.div(n, heads // keys[0].shape[1])
 
-    own = pl.BlockSpec((None, None, rows, size), lambda b, n, i, j, length: (b, n, i, 0))
-    marks = pl.BlockSpec((None, None, None, 1, LANES), lambda b, n, i, j, length: (b, n, i, 0, 0))
-    codes = pl.BlockSpec(
-        (None, None, columns, size), lambda b, n, i, j, length: (b, head(n), block(b, i, j, length), 0)
-    )
-    scales = pl.BlockSpec(
-        (None, None, 1, columns), lambda b, n, i, j, length: (b, head(n), 0, block(b, i, j, length))
-    )
+    def keyed(height: int, width: int, axis: int) -> pl.BlockSpec:
+        """A block of keys or values, which lie along this axis."""
+
+        def place(b: Any, n: Any, i: Any, j: Any, length: Any) -> tuple[Any, ...]:
+            at = block(b, i, j, length)
+            return (b, head(n), *((at, 0) if axis == 0 else (0, at)))
+
+        return pl.BlockSpec((None, None, height, width), place)
+
     return pl.pallas_call(
         functools.partial(_kernel, block=block, fixed=fixed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
-            in_specs=[own, marks, codes, scales, codes, scales],
-            out_specs=own,
-            scratch_shapes=[
-                pltpu.VMEM((rows, LANES), jnp.float32),
-                pltpu.VMEM((rows, LANES), jnp.float32),
-                pltpu.VMEM((rows, size), jnp.float32),
+            in_specs=[
+                pl.BlockSpec((None, None, rows, size), lambda b, n, i, j, length: (b, n, i, 0)),
+                pl.BlockSpec((None, None, 1, rows), lambda b, n, i, j, length: (b, n, 0, i)),
+                keyed(columns, size, 0),
+                keyed(1, columns, 1),
+                keyed(size, columns, 1),
+                keyed(1, columns, 1),
             ],
+            out_specs=pl.BlockSpec((None, None, size, rows), lambda b, n, i, j, length: (b, n, 0, i)),
+            scratch_shapes=[pltpu.VMEM((height, rows), jnp.float32) for height in (1, 1, size)],
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, heads, slots, size), dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, heads, size, slots), dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3 + ("arbitrary",)),
         interpret=interpret,
         name="slimjax_flashq_prompt",
@@ -209,99 +210,85 @@ def _kernel(length: Any, *given: Any, block: Any, fixed: Static) -> None:
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
-    @pl.when((block(b, i, j, length) == j) & (length[b] > 0))
+    @pl.when((block(b, i, j, length) == j) & (i * fixed.rows < length[b]))
     def step() -> None:
-        marks = [
-            jnp.broadcast_to(q_scale[:, t : t + 1], (fixed.tile, 1)) for t in range(fixed.rows // fixed.tile)
-        ]
-        scale = marks[0] if len(marks) == 1 else jnp.concatenate(marks)
-
         def some(trip: Any, carry: None) -> None:
-            at = pl.multiple_of(trip * LANES, LANES)
-            here = pl.ds(at, LANES)
-            met = _product(q[...], k[here, :], fixed, turned=True) * scale * k_scale[:, here]
-            places = (i * fixed.rows, j * fixed.columns + at, length[b])
-            _take(met, v[here, :], v_scale[:, here], places, state, fixed)
+            here = pl.ds(pl.multiple_of(trip * LANES, LANES), LANES)
+            marks = (k_scale[:, here], v_scale[:, here])
+            for edge in range(0, LANES, fixed.tile):
+                at = trip * LANES + edge
+                keys = k[pl.ds(pl.multiple_of(at, fixed.tile), fixed.tile), :]
+                own_k, own_v = (each[:, edge : edge + 1] for each in marks)
+                scores = _product(keys, q[...], fixed, turned=True) * q_scale[...] * own_k
+                seen = _seen((i * fixed.rows, j * fixed.columns + at, length[b]), scores.shape, fixed)
+                codes, scale, factor = _weigh(scores, seen, peak, total, fixed)
+                around = [jnp.zeros_like(codes)] * (LANES // fixed.tile)
+                around[edge // fixed.tile] = codes  # values are cut where lanes end
+                all_codes = codes if len(around) == 1 else jnp.concatenate(around)
+                weighed = _product(v[:, here], all_codes, fixed, turned=False)
+                sums[...] = factor * sums[...] + weighed * (scale * own_v)
 
-        # A loop: written out, its trips would not overlap either, and take minutes to compile.
         jax.lax.fori_loop(0, fixed.columns // LANES, some, None)
 
     @pl.when(j == pl.num_programs(3) - 1)
     def end() -> None:
-        found = total[:, :1]
+        found = total[...]
         out[...] = (sums[...] / jnp.where(found == 0, jnp.ones_like(found), found)).astype(out.dtype)
 
 
-def _take(
-    met: Float[Array, "R 128"],
-    values: Int8[Array, "128 H"],
-    v_scale: Float[Array, "1 128"],
-    places: tuple[Any, Any, Any],
-    state: list[Any],
-    fixed: Static,
-) -> None:
-    """Tiles of keys beside each other, in order, taken into the online softmax."""
-    (peak, total, sums), exponential = state, exponential_of(fixed.softmax)
+def _weigh(
+    raw: Float[Array, "G R"], seen: Bool[Array, "G R"], peak: Any, total: Any, fixed: Static
+) -> tuple[Float[Array, "G R"], Float[Array, "1 R"], Float[Array, "1 R"]]:
+    """The codes of a tile's weights, their scale, and the factor of what was summed before; state is brought on."""
+    exponential = exponential_of(fixed.softmax)
     assert exponential is not None  # `Integer` refuses softmaxes without one
-    scores = met * fixed.scale
+    scores = raw * fixed.scale
     if fixed.softcap is not None:
         scores = fixed.softcap * jnp.tanh(scores / fixed.softcap)
-    seen, column = _seen(places, scores.shape, fixed)
     masked = jnp.where(seen, scores, jnp.full_like(scores, MASK))
-    edges = range(0, LANES, fixed.tile)
-    tiles = [(column >= edge) & (column < edge + fixed.tile) for edge in edges]
-    peaks = [peak[:, :1]]
-    for mine in tiles:
-        highest = jnp.max(jnp.where(mine, masked, jnp.full_like(masked, MASK)), axis=1, keepdims=True)
-        peaks.append(jnp.maximum(peaks[-1], highest))
-    level = peaks[-1]
-    for mine, own in zip(reversed(tiles), reversed(peaks[1:]), strict=True):
-        level = jnp.where(mine, own, level)
-    p = jnp.where(seen, exponential(level - masked), jnp.zeros_like(scores))
-    summed, added = total[:, :1], sums[...]
-    for t, mine in enumerate(tiles):
-        fall = peaks[t + 1] - peaks[t]
-        exact = fixed.integer.rescale == "exact"
-        factor = jnp.exp(-fall) if exact else jnp.where(fall == 0, jnp.ones_like(fall), exponential(fall))
-        own = jnp.where(mine, p, jnp.zeros_like(p))
-        scale = _p_scale(own, fixed)
-        codes = jnp.round(own / scale)
-        told = own if fixed.integer.denominator == "before" else codes * scale
-        summed = factor * summed + jnp.sum(told, axis=1, keepdims=True)
-        weighed = _product(codes, values, fixed, turned=False)
-        added = factor * added + weighed * scale * v_scale[:, t * fixed.tile : t * fixed.tile + 1]
-    peak[...] = jnp.broadcast_to(peaks[-1], peak.shape)
-    total[...] = jnp.broadcast_to(summed, total.shape)
-    sums[...] = added
+    highest = jnp.maximum(peak[...], jnp.max(masked, axis=0, keepdims=True))
+    p = jnp.where(seen, exponential(highest - masked), jnp.zeros_like(scores))
+    fall = highest - peak[...]
+    exact = fixed.integer.rescale == "exact"
+    factor = jnp.exp(-fall) if exact else jnp.where(fall == 0, jnp.ones_like(fall), exponential(fall))
+    scale = _p_scale(jnp.max(p, axis=0, keepdims=True), fixed)
+    codes = jnp.round(p * (1 / scale))
+    told = p if fixed.integer.denominator == "before" else codes * scale
+    peak[...] = highest
+    total[...] = factor * total[...] + jnp.sum(told, axis=0, keepdims=True)
+    return codes, scale, factor
 
 
-def _seen(places: tuple[Any, Any, Any], shape: tuple[int, ...], fixed: Static) -> tuple[Array, Array]:
-    """Which keys each query sees, and the columns' numbers."""
+def _seen(places: tuple[Any, Any, Any], shape: tuple[int, ...], fixed: Static) -> Bool[Array, "G R"]:
+    """Which keys each query sees."""
     first, start, length = places
-    column = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    query, token = first + jax.lax.broadcasted_iota(jnp.int32, shape, 0), start + column
+    query = first + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    token = start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     seen = (token <= query) & (query < length)  # so that the token is there, too
     if fixed.window is not None:
         seen = seen & (token > query - fixed.window)
-    return seen, column
+    return seen
 
 
-def _p_scale(p: Float[Array, "R 128"], fixed: Static) -> Float[Array, "R 1"]:
-    """What the weights of a tile of keys are divided by, for every query."""
+def _p_scale(highest: Float[Array, "1 R"], fixed: Static) -> Float[Array, "1 R"]:
+    """What a tile's weights are divided by, for every query, from the largest of each."""
     if fixed.integer.p == "static":
-        return jnp.full((p.shape[0], 1), 1 / 127, jnp.float32)
-    highest = jnp.max(p, axis=1, keepdims=True)
+        return jnp.full_like(highest, 1 / 127)
     if fixed.integer.p == "tile":
-        tiles = highest.reshape(-1, fixed.tile, 1)
-        highest = jnp.broadcast_to(jnp.max(tiles, axis=1, keepdims=True), tiles.shape).reshape(highest.shape)
+        lane = jax.lax.broadcasted_iota(jnp.int32, highest.shape, 1)
+        each, highest = highest, jnp.zeros_like(highest)
+        for edge in range(0, fixed.rows, fixed.tile):
+            mine = (lane >= edge) & (lane < edge + fixed.tile)
+            own = jnp.max(jnp.where(mine, each, jnp.zeros_like(each)), axis=1, keepdims=True)
+            highest = jnp.where(mine, own, highest)
     return jnp.where(highest == 0, jnp.ones_like(highest), highest / LIMIT)
 
 
-def _product(a: Array, b: Array, fixed: Static, *, turned: bool) -> Float[Array, "R C"]:
+def _product(a: Array, b: Array, fixed: Static, *, turned: bool) -> Float[Array, "M R"]:
     """Of codes; the sums are whole numbers in either arithmetic."""
     whole = jnp.int32 if fixed.dtype == "int8" else jnp.float32
-    if a.dtype == jnp.float32 and fixed.dtype == "int8":
-        a = a.astype(jnp.int32)
+    if b.dtype == jnp.float32 and fixed.dtype == "int8":
+        b = b.astype(jnp.int32)
     dimensions = (((1,), (1 if turned else 0,)), ((), ()))
     found = jax.lax.dot_general(
         a.astype(fixed.dtype), b.astype(fixed.dtype), dimensions, preferred_element_type=whole
