@@ -115,7 +115,7 @@ test-gpu-aot: $(STAMP)-gpu-aot ## compile the GPU kernels without a GPU (PYTHON=
 # make gpu PART=decode GPU_PYTHON=python3, which installs nothing. JAX leaves PyTorch, a peer, memory.
 PARTS := parity ceilings decode generate breakdown
 GPU_PYTHON ?=
-gpu: export XLA_PYTHON_CLIENT_MEM_FRACTION ?= .6
+gpu: export XLA_PYTHON_CLIENT_MEM_FRACTION ?= $(if $(filter decode,$(PART)),.6,.9)
 gpu: gpu-part $(if $(GPU_PYTHON),,$(STAMP)-gpu) ## measure on a GPU: PART=parity, ceilings, decode, generate or breakdown
 	$(or $(GPU_PYTHON),"$(BIN)/python") -m experiments.run configs/gpu/$(PART).gin --out results/gpu/$(PART) $(ARGS)
 

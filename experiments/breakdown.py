@@ -1,8 +1,7 @@
 """What a decode step through INT8 tiles takes its time for: expanding codes, Q K^T, the softmax, P V.
 
 Every stage is a program of its own that reads its input from memory and writes its output there, as a step in separate
-kernels would; `whole` is the step as it is, which writes none of it. Scores of one step are few, so that the softmax
-is timed on as many rows as there are heads and sequences.
+kernels would; `whole` is the step as `slimjax.decode` takes it: on a GPU the reference, tile by tile.
 """
 
 import functools

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments.directory import RunDirectory
 from experiments.gpu_settings import CeilingsConfig
@@ -60,13 +61,17 @@ def prepare(unit: Unit, config: CeilingsRun, directory: RunDirectory) -> Measure
     return measure
 
 
+def _multiply(first: jax.Array, second: jax.Array) -> jax.Array:
+    return jnp.matmul(first, second, precision="highest")  # float32 is TF32 on recent GPUs otherwise
+
+
 def _product(asked: CeilingsConfig, dtype: str) -> dict[str, Any]:
     """A square product of random numbers: zeros are multiplied faster on some devices."""
     first, second = (
         jax.random.normal(jax.random.key(seed), (asked.product, asked.product)).astype(dtype)
         for seed in range(2)
     )
-    program, seconds = timing.compiled(lambda a, b: a @ b, first, second)
+    program, seconds = timing.compiled(_multiply, first, second)
     run = timing.time_calls(lambda: program(first, second), seconds=asked.seconds, least=asked.least)
     run = timing.Timing(run.samples, seconds)
     return {**run.metrics(), "teraflops_per_second": 2 * asked.product**3 / run.milliseconds / 1e9}

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,6 @@ from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from slimjax import timing
 from slimjax.attention.layer import init_cache
 from slimjax.attention.projections import DecodeWeights
-from slimjax.axes import Queries
 from slimjax.cache import Cache
 from slimjax.config import Config, ConfigError, ModelConfig
 from slimjax.kernels.api import IMPLEMENTATIONS, decode, native
@@ -173,6 +172,14 @@ def _distinct(nbytes: int, bench: DecodeBenchConfig) -> int:
     return max(1, min(bench.caches, -(-bench.copy_bytes // max(1, nbytes))))
 
 
+def _told(error: Exception) -> Exception:
+    """The error without what would keep its arrays alive; a lack of memory, whoever's, is one of Python's."""
+    if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+        return MemoryError(str(error))
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
+
+
 # Attention by itself --------------------------------------------------------------------------------------
 
 
@@ -245,10 +252,7 @@ class _Attention:
         caches = _distinct(schemes.cache_bytes(spec, self.batch, self.context), bench)
         held = [random_cache(spec, self.batch, self.context, seed) for seed in range(caches)]
         step = functools.partial(decode, spec=spec, implementation=implementation)
-
-        def steps(query: Queries, held: Sequence[Cache], weights: DecodeWeights) -> list[Queries]:
-            return [step(query, cache, weights) for cache in held]
-
+        steps = functools.partial(decode_peers.in_turn, step)
         turn = itertools.cycle(held)
         program, seconds = timing.compiled(steps, self.query, self._turns(turn), weights)
         run = self._time(lambda: program(self.query, self._turns(turn), weights), seconds)
@@ -300,7 +304,7 @@ class _Attention:
             try:
                 self.peers[name] = self._time_peer(name)
             except Exception as error:  # noqa: BLE001  its own row says it; ours are measured all the same
-                self.peers[name] = error.with_traceback(None)  # which would hold its arrays
+                self.peers[name] = _told(error)
             decode_peers.give_back()
         return self.peers[name]
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from experiments.train_bench import torch_peer
 from slimjax import timing
 from slimjax.axes import Keys, Queries, Values
+from slimjax.kernels import pallas_gpu
 
 Step = Callable[[Queries, Keys, Values], Queries]
 DOT = "jax.nn.dot_product_attention"
@@ -76,19 +77,31 @@ def ready(name: str, sizes: Sizes) -> Ready:
     if name in TORCH:
         return _torch(sizes, TORCH[name])
     step = _jax_step(name, sizes)
-    held = tuple(map(functools.partial(_keys_values, sizes), range(sizes.caches)))
+    turn = itertools.cycle(map(functools.partial(_keys_values, sizes), range(sizes.caches)))
     query = _normal(sizes, 1, sizes.heads, jax.random.key(sizes.caches))
-    turns = tuple(itertools.islice(itertools.cycle(held), sizes.steps))
+
+    def turns() -> tuple[tuple[Keys, Values], ...]:
+        return tuple(itertools.islice(turn, sizes.steps))
+
     try:
-        program, seconds = timing.compiled(functools.partial(in_turn, step), query, turns)
-    except ImportError as error:  # what a peer itself imports when it is first used
-        raise NotImplementedError(f"{name}: {error}") from error
-    return Ready(lambda: program(query, turns), compile_seconds=seconds)
+        program, seconds = timing.compiled(
+            functools.partial(in_turn, lambda q, held: step(q, *held)), query, turns()
+        )
+    except (
+        ImportError,
+        ExceptionGroup,
+    ) as error:  # what a peer imports when it is first used; what none of it serves
+        raise NotImplementedError(f"{name}: {error}") from None
+    return Ready(lambda: program(query, turns()), compile_seconds=seconds)
 
 
-def in_turn(step: Step, query: Queries, held: Sequence[tuple[Any, ...]]) -> list[Queries]:
-    """A step on each; every one is an argument of its own, so that none is left out as equal to another."""
-    return [step(query, *each) for each in held]
+def in_turn(step: Callable[..., Queries], query: Queries, held: Sequence[Any], *more: Any) -> list[Queries]:
+    """A step on each, one after the other: each query waits for the answer before, or XLA would join their products."""
+    outs: list[Queries] = []
+    for each in held:
+        outs.append(step(query, each, *more))
+        query, _ = jax.lax.optimization_barrier((query, outs[-1]))
+    return outs
 
 
 def _keys_values(sizes: Sizes, seed: int) -> tuple[Keys, Values]:
@@ -113,12 +126,13 @@ def _jax_step(name: str, sizes: Sizes) -> Step:
     if name == CUDNN:
         return functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     module = _installed(name)
-    if name == TOKAMAX:
-        return module.dot_product_attention
+    if name == TOKAMAX:  # its own kernels: left to itself it would go on to XLA
+        return functools.partial(module.dot_product_attention, implementation=("mosaic", "triton"))
     lengths = jnp.full((sizes.batch,), sizes.context, jnp.int32)
+    splits = pallas_gpu.parts(sizes.batch * sizes.kv_heads, sizes.context)  # it does not choose for itself
 
     def flash(q: Queries, k: Keys, v: Values) -> Queries:
-        found = module.flash_mha_with_kvcache(q, k, v, cache_seqlens=lengths, num_splits=0)  # 0: it chooses
+        found = module.flash_mha_with_kvcache(q, k, v, cache_seqlens=lengths, num_splits=splits)
         return found[0] if isinstance(found, tuple) else found
 
     return flash
@@ -135,7 +149,9 @@ def _torch(sizes: Sizes, backend: str | None) -> Ready:
     """On the CPU a call is as many steps; on a GPU one graph of them."""
     peer = torch_peer()
     peer.use_threads(sizes.threads)
-    device = "cuda" if jax.default_backend() == "gpu" and peer.torch.cuda.is_available() else "cpu"
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    if device == "cuda" and not peer.torch.cuda.is_available():
+        raise NotImplementedError("PyTorch sees no GPU: the one installed is for CPUs")
     if backend is not None and device == "cpu":
         raise NotImplementedError(f"torch's {backend} is for GPUs")
     call, wait = peer.attention(sizes, device, backend)

@@ -192,12 +192,13 @@ def attention(
     Raises NotImplementedError where the backend of SDPA, a name of `torch.nn.attention.SDPBackend`, does not take them.
     """
     dtype, wait = getattr(torch, sizes.dtype), torch.cuda.synchronize if device == "cuda" else lambda: None
-    rows = torch.empty(
-        (sizes.batch, sizes.kv_heads, sizes.context, sizes.head_dim), device=device, dtype=dtype
-    )
+    shape = (sizes.batch, sizes.kv_heads, sizes.context, sizes.head_dim)
+
+    def rows() -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
     query = torch.randn((sizes.batch, sizes.heads, 1, sizes.head_dim), device=device, dtype=dtype)
-    held = [(torch.randn_like(rows), torch.randn_like(rows)) for _ in range(sizes.caches)]
-    turns = list(itertools.islice(itertools.cycle(held), sizes.steps))
+    turn = itertools.cycle([(rows(), rows()) for _ in range(sizes.caches)])
     grouped = sizes.heads > sizes.kv_heads
 
     def steps() -> list[Tensor]:
@@ -205,13 +206,15 @@ def attention(
         with torch.inference_mode(), chosen:
             return [
                 functional.scaled_dot_product_attention(query, keys, values, enable_gqa=grouped)
-                for keys, values in turns
+                for keys, values in itertools.islice(turn, sizes.steps)
             ]
 
     try:
         call = _graph(steps) if device == "cuda" else steps
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # "No available kernel"
-        raise NotImplementedError(f"torch's {backend}: {error}") from error
+        raise NotImplementedError(f"torch's {backend or 'SDPA'}: {error}") from None
     return call, lambda _: wait()
 
 
@@ -223,7 +226,7 @@ def _graph(steps: Callable[[], Any]) -> Callable[[], Any]:
         steps()  # what is allocated or compiled at the first call is no part of the graph
     torch.cuda.current_stream().wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # JAX's threads may do as they like
         results = steps()
 
     def replay() -> Any:

@@ -138,6 +138,7 @@ def test_it_is_attention_within_what_int8_gives():
     ("changes", "tile", "reason"),
     [
         ({}, 48, "tiles of 48 tokens; it has 32, 64, 128"),
+        ({"dtype": "float16"}, 64, "compute dtype float16; it has bfloat16 and float32"),
         ({"causal": False}, 64, "looks ahead"),
         ({"position": Position(kind="t5")}, 64, "adds to the scores"),
     ],

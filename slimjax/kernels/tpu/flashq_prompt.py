@@ -57,6 +57,8 @@ def refusal(spec: DecodeSpec, tile: int) -> str | None:
     """Why prompts in such tiles are not served, or None."""
     if tile not in TILES:
         return f"tiles of {tile} tokens; it has {', '.join(map(str, TILES))}"
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"compute dtype {spec.dtype}; it has bfloat16 and float32"
     if not spec.causal:
         return "attention that looks ahead"
     if spec.position.kind not in ("none", "learned", "rope"):
