@@ -58,12 +58,12 @@ LM := results/ablation/lm
 CONTEXT := --set "Compare.models = ()" --set "Compare.length = 1024" --set "Compare.tokens = 4608"
 FAST := --set "Compare.models = ()" --set "Compare.problems = 0" --set "Compare.length = 256" \
   --set "Compare.calibration = 2048" --set "Compare.trained = ('results/ablation-fast/lm',)"
-SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 400" --set "Train.batch = 4" \
+SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 200" --set "Train.warmup = 20" --set "Train.batch = 4" \
   --set "Train.length = 256"
 
 reproduce: $(STAMP)-gguf models ## the tables of the comparison, into results/ablation (goes on where it stopped)
 	$(RUN) $(ABLATION)/lm.gin --out $(LM)
-	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table; done
+	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table --jobs $(JOBS); done
 	known=; for table in $(TABLES); do \
 	  trained="'$(LM)',"; \
 	  case " $(ASKED) " in *" $$table "*) [ ! -d $(REASONING)/models ] || trained="$$trained '$(REASONING)',";; esac; \
@@ -85,9 +85,12 @@ reasoning: $(STAMP)-run ## train the model that solves a task, whose answers `ma
 reproduce-fast: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, shorter windows and fewer tokens
 	$(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
-	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table; done
+	for table in sas emulated; do \
+	  $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table --jobs $(JOBS); \
+	done
 	known=; for table in $(TABLES); do \
-	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.prompt = 128" --set "Compare.tokens = 1024" \
+	  few=(); [ $$table != selectors ] || few=(--set "Compare.fractions = (0.5,)"); \
+	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.prompt = 128" --set "Compare.tokens = 512" "$${few[@]}" \
 	    --set "Compare.known = ($$known)" --out results/ablation-fast/$$table --jobs $(JOBS) $(ARGS); \
 	  known="$$known 'results/ablation-fast/$$table',"; \
 	done

@@ -45,27 +45,29 @@ def resolve(build: Build) -> Synthetic:
 
 
 def units(config: Synthetic) -> list[Unit]:
-    """The schemes, then SAS context by context."""
+    """Scheme by scheme, whose seeds share a compilation; then SAS context by context."""
     grid = config.grid
     ways = ((grid.schemes, CACHE), (grid.alone, ALONE), (grid.prompts, PROMPT))
-    cells = [cell for texts, backend in ways for cell in _scheme_cells(grid, texts, backend)]
-    found = [Unit("schemes", tuple(cells))] if cells else []
+    found = [
+        Unit(f"{text}, {backend}", tuple(_scheme_cells(grid, text, backend)))
+        for texts, backend in ways
+        for text in texts
+    ]
     if grid.thresholds:
         found += [Unit(f"SAS, {keys} keys", tuple(_sas_cells(grid, keys))) for keys in grid.contexts]
     return found
 
 
-def _scheme_cells(grid: SyntheticConfig, texts: Sequence[str], backend: str) -> Iterator[Cell]:
-    for text in texts:
-        for seed in grid.seeds:
-            yield {
-                "experiment": "synthetic",
-                **schemes.parts(parse_scheme(text)),
-                "backend": backend,
-                "head_dim": grid.head_dim,
-                "context": grid.tokens,
-                "seed": seed,
-            }
+def _scheme_cells(grid: SyntheticConfig, text: str, backend: str) -> Iterator[Cell]:
+    for seed in grid.seeds:
+        yield {
+            "experiment": "synthetic",
+            **schemes.parts(parse_scheme(text)),
+            "backend": backend,
+            "head_dim": grid.head_dim,
+            "context": grid.tokens,
+            "seed": seed,
+        }
 
 
 def _sas_cells(grid: SyntheticConfig, keys: int) -> Iterator[Cell]:
