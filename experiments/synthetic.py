@@ -4,7 +4,7 @@ No model's weights, so anybody can check the figures; no model's outliers either
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import parse_scheme
 
 TITLE = "Attention on Gaussian numbers"
-CACHE, ALONE, PROMPT = "cache", "encode and decode", "prompt"
+CACHE, CODES, PROMPT = "cache", "encode and decode", "prompt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ def resolve(build: Build) -> Synthetic:
 def units(config: Synthetic) -> list[Unit]:
     """Scheme by scheme, whose seeds share a compilation; then SAS context by context."""
     grid = config.grid
-    ways = ((grid.schemes, CACHE), (grid.alone, ALONE), (grid.prompts, PROMPT))
+    ways = ((grid.schemes, CACHE), (grid.alone, CODES), (grid.prompts, PROMPT))
     found = [
         Unit(f"{text}, {backend}", tuple(_scheme_cells(grid, text, backend)))
         for texts, backend in ways
@@ -97,7 +97,7 @@ def prepare(unit: Unit, config: Synthetic, directory: RunDirectory) -> Measure:
     def measure(cell: Cell) -> dict[str, Any]:
         draw = np.random.default_rng(int(cell["seed"] or 0))
         if cell.get("scheme") is not None:
-            errors = {CACHE: scheme_errors, ALONE: codec_errors, PROMPT: prompt_errors}
+            errors = {CACHE: scheme_errors, CODES: codec_errors, PROMPT: prompt_errors}
             return errors[str(cell["backend"])](
                 str(cell["scheme"]), draw, config.grid.tokens, config.grid.head_dim
             )
