@@ -84,7 +84,7 @@ reasoning: $(STAMP)-run ## train the model that solves a task, whose answers `ma
 # Most of its time is compilation, which need not be thorough here: its figures are not those of the committed records.
 reproduce-fast: export XLA_FLAGS := $(XLA_FLAGS) --xla_backend_optimization_level=0
 reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, shorter windows and fewer tokens
-	$(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
+	XLA_FLAGS= $(RUN) $(ABLATION)/lm.gin $(SMALL) --out results/ablation-fast/lm
 	for table in sas emulated; do \
 	  $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table --jobs $(JOBS); \
 	done

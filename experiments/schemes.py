@@ -12,7 +12,9 @@ from flax import nnx
 
 from experiments.settings import Cell, Forecast, Measure
 from slimjax import evaluate
-from slimjax.attention.layer import CachedAttention, attend_cached, init_cache
+from slimjax.attention.bases import basis
+from slimjax.attention.compute import compute_of
+from slimjax.attention.layer import CachedAttention, init_cache
 from slimjax.attention.positions import Position, init_bias
 from slimjax.attention.projections import DecodeWeights, Projections
 from slimjax.config import EquivalenceConfig, ModelConfig, TrainConfig
@@ -149,12 +151,12 @@ def position_as(model: ModelConfig, kind: Any) -> Position:
 
 @functools.lru_cache(maxsize=1024)
 def cache_bytes(spec: DecodeSpec, batch: int, length: int) -> int:
-    """Bytes of one layer's cache; its attention is built on it in the abstract. NotImplementedError: refused."""
+    """Bytes of one layer's cache, built in the abstract. NotImplementedError: attention through it is refused."""
     try:
         with jax.enable_x64(spec.dtype == "float64"):
             cache = jax.eval_shape(lambda: init_cache(spec, batch=batch, capacity=length))
-            x = jax.ShapeDtypeStruct((batch, length, spec.width), spec.accumulation)
-            jax.eval_shape(attend_cached, x, abstract_layer(spec), cache)
+            basis(spec)
+            compute_of(spec)
     except NotImplementedError as refusal:
         raise NotImplementedError(f"layer 0: {refusal}") from None
     return cache.nbytes

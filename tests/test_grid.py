@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import schemes
 from slimjax import DecodeSpec, Position, Projections, parse_scheme
 from slimjax.attention.compute import COMPUTES
 from slimjax.attention.cross import attend_filled, fill
@@ -56,6 +57,10 @@ def cell(text):
     return run
 
 
+def cache_bytes(spec, scheme):
+    return schemes.cache_bytes(dataclasses.replace(spec, scheme=scheme), 2, 80)
+
+
 def cells(basis, codec):
     """The default width with everything, every other width with nothing else."""
     first, *others = WIDTHS.get(codec, ("",))
@@ -80,6 +85,11 @@ def test_every_cell_runs_or_says_why_not(basis, codec):
             out, cache = jax.eval_shape(cell(text), jax.ShapeDtypeStruct((2, 1, 32), jnp.float32))
         except (NotImplementedError, ValueError) as refusal:
             reason = str(refusal)
+            with pytest.raises(
+                type(refusal)
+            ) as early:  # an estimate knows it, too, which traces no attention
+                cache_bytes(LAYERS[basis].spec, parse_scheme(text))
+            assert reason.removeprefix("reference: ") in str(early.value)
             assert "use " in reason or "64-bit mode" in reason, f"{text}: {reason}"
             continue
         assert out.shape == (2, 1, 32)

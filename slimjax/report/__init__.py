@@ -277,8 +277,8 @@ def _draw(folder: Path, figures: Mapping[str, tuple[str, Figure]]) -> dict[str, 
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Part] = {}
     for name, (caption, figure) in figures.items():
-        plots.save(figure, folder / "plots" / name)
-        drawn[name] = (caption, plots.inline_svg(figure, name))
+        text = plots.save(figure, folder / "plots" / name)
+        drawn[name] = (caption, plots.inline_svg(text, name))
     return drawn
 
 

@@ -106,25 +106,27 @@ def loss_plot(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write stem.png (180 dpi) and stem.svg on a white ground."""
+def save(figure: Figure, stem: Path) -> str:
+    """Write stem.png (180 dpi) and stem.svg on a white ground; the latter is returned."""
     figure.savefig(stem.with_suffix(".png"), dpi=180, facecolor="white")
-    stem.with_suffix(".svg").write_text(_svg(figure, "white"))
+    text = _svg(figure)
+    stem.with_suffix(".svg").write_text(text)
+    return text
 
 
-def inline_svg(figure: Figure, name: str) -> str:
-    """The plot as an <svg> element in the colours of the page around it; `name` keeps its ids apart."""
-    text = _svg(figure, "none").replace(INK, "currentColor")
-    text = text[text.index("<svg") :]
+def inline_svg(text: str, name: str) -> str:
+    """A saved plot as an <svg> element in the colours of the page around it; `name` keeps its ids apart."""
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text.replace("fill: #ffffff", "fill: none", 1)  # the ground, which is drawn first
     return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
-def _svg(figure: Figure, ground: str) -> str:
+def _svg(figure: Figure) -> str:
     text = io.StringIO()
     with matplotlib.rc_context(
         {"svg.fonttype": "path", "svg.hashsalt": "slimjax"}
     ):  # equal plots, equal bytes
-        figure.savefig(text, format="svg", facecolor=ground, metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", facecolor="white", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
 
