@@ -61,6 +61,9 @@ FAST := --set "Compare.models = ()" --set "Compare.problems = 0" --set "Compare.
 SMALL := --set "Model.layers = 3" --set "Model.width = 128" --set "Train.steps = 200" --set "Train.warmup = 20" --set "Train.batch = 4" \
   --set "Train.length = 256"
 
+FEW_TILES := 'kv:flashq4(window=128)/32', 'kv:flashq4(window=128)/64', 'kv:flashq4(window=128)/128'
+FEW_CONTEXT := 'kv:bf16', 'kv:flashq4@sas', 'kv:kivi4', 'kv:kivi2'
+
 reproduce: $(STAMP)-gguf models ## the tables of the comparison, into results/ablation (goes on where it stopped)
 	$(RUN) $(ABLATION)/lm.gin --out $(LM)
 	for table in sas emulated; do $(RUN) $(ABLATION)/$$table.gin --out results/ablation/$$table --jobs $(JOBS); done
@@ -89,12 +92,15 @@ reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, 
 	  $(RUN) $(ABLATION)/$$table.gin --out results/ablation-fast/$$table --jobs $(JOBS); \
 	done
 	known=; for table in $(TABLES); do \
-	  few=(); [ $$table != selectors ] || few=(--set "Compare.fractions = (0.5,)"); \
+	  few=(); case $$table in \
+	    selectors) few=(--set "Compare.fractions = (0.5,)");; \
+	    tiles) few=(--set "Compare.schemes = ($(FEW_TILES))");; \
+	  esac; \
 	  $(RUN) $(ABLATION)/$$table.gin $(FAST) --set "Compare.prompt = 128" --set "Compare.tokens = 512" "$${few[@]}" \
 	    --set "Compare.known = ($$known)" --out results/ablation-fast/$$table --jobs $(JOBS) $(ARGS); \
 	  known="$$known 'results/ablation-fast/$$table',"; \
 	done
-	$(RUN) $(ABLATION)/context.gin $(FAST) --set "Compare.prompt = 64" --set "Compare.tokens = 1152" \
+	$(RUN) $(ABLATION)/context.gin $(FAST) --set "Compare.schemes = ($(FEW_CONTEXT))" --set "Compare.prompt = 64" --set "Compare.tokens = 1152" \
 	  --out results/ablation-fast/context --jobs $(JOBS) $(ARGS)
 	$(REPORT) $(TABLES:%=results/ablation-fast/%) results/ablation-fast/context --out results/ablation-fast/report
 
