@@ -22,7 +22,7 @@ from typing import Any
 
 from experiments.compilation import keep_compiled
 from experiments.directory import WORKERS, Refused, RunDirectory, source_hash
-from experiments.memory import keep_memory
+from experiments.memory import kept_by_children
 from experiments.settings import Unit
 from experiments.stopping import Terminated, hush_late_writes, withheld
 from experiments.sweep import Outcome, Sweep, cells, outcomes
@@ -53,8 +53,6 @@ def work(pipe: Connection, module: str, config: Any, directory: RunDirectory) ->
             )
             return
         experiment: Any = importlib.import_module(module)
-        if not getattr(experiment, "ALONE", False):  # times are taken as any process takes them
-            keep_memory()
         keep_compiled()
         try:
             try:
@@ -89,13 +87,16 @@ def _follow_parent() -> None:
 class Worker:
     """A process, and what it is at: `left[0]` is its cell, once `opened`."""
 
-    def __init__(self, module: str, config: Any, directory: RunDirectory, place: tuple[int, int]):
+    def __init__(
+        self, module: str, config: Any, directory: RunDirectory, place: tuple[int, int], *, alone: bool
+    ):
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, module, config, directory))
         self.place = place  # which of how many workers
         # Ctrl-C is withheld while it starts, too: it cannot ignore one before it has begun.
-        with withheld(signal.SIGINT), _on_cores(*place):
+        keeping = contextlib.nullcontext() if alone else kept_by_children()  # as any process takes times
+        with withheld(signal.SIGINT), _on_cores(*place), keeping:
             self.process.start()
         theirs.close()  # so that its death ends the pipe
         self.unit: Unit | None = None
@@ -164,7 +165,9 @@ class Crew:
             else:
                 module = self.sweep.experiment.__name__  # type: ignore[attr-defined]
                 place = min(set(range(self.jobs)) - {worker.place[0] for worker in self.workers})
-                worker = Worker(module, self.sweep.config, self.sweep.directory, (place, self.jobs))
+                alone = getattr(self.sweep.experiment, "ALONE", False)
+                at = (place, self.jobs)
+                worker = Worker(module, self.sweep.config, self.sweep.directory, at, alone=alone)
                 self.workers.append(worker)
             unit = self.waiting.popleft()
             print(f"{unit.name}: {cells(len(unit.cells))} to measure", flush=True)
