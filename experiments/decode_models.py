@@ -16,7 +16,7 @@ from experiments.train_bench import torch_peer
 from slimjax import timing
 from slimjax.attention.layer import CachedAttention
 from slimjax.config import ModelConfig
-from slimjax.generate import generate
+from slimjax.generate import generate, slots_of
 from slimjax.models.decoder import DecoderLM, convert_model
 from slimjax.solve import convert
 
@@ -46,7 +46,7 @@ def measure(config: ModelConfig, batch: int, bench: DecodeBenchConfig) -> Measur
         layers = _layers(model, str(cell["scheme"]), dtype, bench.alike)
         call = functools.partial(generate, model, prompts, layers=layers, dtype=dtype)
         tokens, metrics = _timed_generation(lambda new: np.asarray(call(max_new_tokens=new)), batch, bench)
-        slots = bench.prompt_length + bench.generated
+        slots = slots_of(model, bench.prompt_length, bench.generated)
         metrics["cache_bytes"] = float(sum(schemes.cache_bytes(layer.spec, batch, slots) for layer in layers))
         try:
             others, theirs = eager()

@@ -82,6 +82,18 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def slots_of(model: DecoderLM, prompt: int, new: int) -> int:
+    """Slots of the caches that ``generate`` makes for prompts and new tokens of these lengths."""
+    tokens = _width(model, prompt) + bucket(new)
+    unit = SLOTS if tokens > SLOTS else SMALLEST_BUCKET
+    return -(-tokens // unit) * unit
+
+
+def _width(model: DecoderLM, prompt: int) -> int:
+    """What prompts are padded to. A bucket may be longer than learned positions; its padding is not."""
+    return bucket(prompt) if model.positions is None else min(bucket(prompt), model.max_length)
+
+
 def generate(
     model: DecoderLM,
     prompts: Int[Array, "B P"] | np.ndarray,
@@ -119,19 +131,15 @@ def generate(
     prompts = np.asarray(prompts, np.int32)
     counts = np.full(len(prompts), prompts.shape[1]) if lengths is None else np.asarray(lengths)
     _check(model, prompts, counts, max_new_tokens, sampling, key)
-    width, steps = bucket(prompts.shape[1]), bucket(max_new_tokens)
-    if model.positions is not None:  # a bucket may be longer than the positions; its padding is not
-        width = min(width, model.max_length)
-    padded = np.pad(prompts, ((0, 0), (0, width - prompts.shape[1])))
+    steps, slots = bucket(max_new_tokens), slots_of(model, prompts.shape[1], max_new_tokens)
+    padded = np.pad(prompts, ((0, 0), (0, _width(model, prompts.shape[1]) - prompts.shape[1])))
     graph, params = nnx.split(model)
     layers = tuple(layers)
     key = jax.random.key(0) if key is None else key
     count = jnp.asarray(counts, jnp.int32)
-    unit = SLOTS if width + steps > SLOTS else SMALLEST_BUCKET
-    slots = -(-(width + steps) // unit) * unit
     logits, caches = _prefill(graph, params, layers, jnp.asarray(padded), count, capacity=slots, dtype=dtype)
     limit = jnp.asarray(max_new_tokens, jnp.int32)
-    tokens = _continue(
+    tokens, _ = _continue(
         graph,
         params,
         layers,
@@ -188,11 +196,15 @@ def _prefill(
     """Logits after each prompt's last token, and the filled caches."""
     caches = init_caches(layers, len(prompts), capacity)
     model = nnx.merge(graph, params)
-    logits, caches = model.with_cache(prompts, layers, caches, count=lengths, fresh=True, dtype=dtype)
-    return jnp.take_along_axis(logits, (lengths - 1)[:, None, None], axis=1)[:, 0], caches
+    logits, caches = model.with_cache(
+        prompts, layers, caches, count=lengths, fresh=True, dtype=dtype, last=True
+    )
+    return logits[:, 0], caches
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "steps", "sampling", "eos", "dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("graph", "steps", "sampling", "eos", "dtype"), donate_argnames=("caches",)
+)
 def _continue(
     graph: nnx.GraphDef,
     params: nnx.State,
@@ -206,8 +218,11 @@ def _continue(
     sampling: Sampling,
     eos: int | None,
     dtype: str | None,
-) -> Int[Array, "B T"]:
-    """``limit`` new tokens, of ``steps`` places; steps past the limit or after every eos cost nothing."""
+) -> tuple[Int[Array, "B T"], _Caches]:
+    """``limit`` new tokens, of ``steps`` places; steps past the limit or after every eos cost nothing.
+
+    The caches are given away, and come back longer in the same memory: there is room for them once.
+    """
     model = nnx.merge(graph, params)
     end = jnp.asarray(0 if eos is None else eos, jnp.int32)
 
@@ -227,5 +242,5 @@ def _continue(
         return jax.lax.cond(active, lambda: advance(carry, index), lambda: (carry, fill))
 
     start = (logits, caches, jnp.zeros(logits.shape[:1], bool))
-    _, tokens = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
-    return tokens.T
+    (_, longer, _), tokens = jax.lax.scan(step, start, jnp.arange(steps, dtype=jnp.int32))
+    return tokens.T, longer

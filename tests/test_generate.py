@@ -8,7 +8,7 @@ from flax import nnx
 from hypothesis import given, strategies as st
 
 from slimjax.config import ModelConfig
-from slimjax.generate import Sampling, bucket, filtered, generate, sample
+from slimjax.generate import Sampling, _continue, _prefill, bucket, filtered, generate, sample
 from slimjax.models.decoder import DecoderLM, convert_model, init_caches
 from slimjax.numerics import MASK
 
@@ -103,6 +103,32 @@ def test_ragged_prompts_are_what_they_are_alone(model):
     np.testing.assert_array_equal(
         together, generate(model, garbage, lengths, layers=layers, max_new_tokens=5)
     )
+
+
+def test_caches_are_held_once_and_a_prompt_has_no_logits_but_its_last(model):
+    """What bounds the largest batch: room for the caches alone, however long the prompts."""
+    layers, _ = convert_model(model, "kv:float32")
+    graph, params = nnx.split(model)
+    tokens, counts = jnp.zeros((8, 512), jnp.int32), jnp.full((8,), 500, jnp.int32)
+    prefilled = _prefill.lower(graph, params, layers, tokens, counts, capacity=640, dtype=None)
+    assert "8x512x13x" not in prefilled.as_text()
+    assert "8x1x13x" in prefilled.as_text()
+    logits, caches = prefilled.compile()(params, layers, tokens, counts)
+    held = sum(cache.nbytes for cache in caches)
+    options = {"steps": 16, "sampling": Sampling(), "eos": None, "dtype": None}
+    limit, key = jnp.asarray(16, jnp.int32), jax.random.key(0)
+    found = _continue.lower(graph, params, layers, logits, caches, limit, key, **options).compile()
+    assert found.memory_analysis().alias_size_in_bytes >= held
+
+
+def test_the_last_logits_alone_are_those_of_all(model):
+    layers, _ = convert_model(model, "kv:float32")
+    counts, tokens = jnp.asarray([3, 9, 1], jnp.int32), jnp.asarray(prompts(3, 9))
+    caches = init_caches(layers, 3, 16)
+    every, _ = model.with_cache(tokens, layers, caches, count=counts, fresh=True)
+    alone, _ = model.with_cache(tokens, layers, caches, count=counts, fresh=True, last=True)
+    wanted = np.asarray(every)[np.arange(3), np.asarray(counts) - 1]
+    np.testing.assert_allclose(alone[:, 0], wanted, rtol=1e-6, atol=1e-5)
 
 
 def test_no_compilation_within_a_bucket(model, compilations):

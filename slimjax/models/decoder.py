@@ -109,6 +109,7 @@ class DecoderLM(nnx.Module):
         count: Lengths | None = None,
         fresh: bool = False,
         dtype: str | None = None,
+        last: bool = False,
     ) -> tuple[Logits, tuple[Cache, ...]]:
         """Append T tokens to the caches and return their logits.
 
@@ -120,9 +121,10 @@ class DecoderLM(nnx.Module):
             fresh: the caches are empty, so attention may use its own exact keys and values (prefill).
             dtype: compute dtype of all but attention; None: the accumulation dtype of the layers' specs, so that what
                 a scheme or a compute dtype changes is attention's alone.
+            last: only the logits of each sequence's last token, [B, 1, V].
 
         Returns:
-            [B, T, V] logits (rows past ``count`` are meaningless) and the longer caches.
+            [B, T, V] logits (rows past ``count`` are meaningless), or [B, 1, V], and the longer caches.
         """
         dtype = layers[0].spec.accumulation.name if dtype is None else dtype
         step = prefill if fresh else attend_cached
@@ -136,6 +138,9 @@ class DecoderLM(nnx.Module):
                 return y
 
             h = block(h, attend, dtype)
+        if last:
+            ends = jnp.full(len(h), h.shape[1]) if count is None else count
+            h = jnp.take_along_axis(h, (ends - 1)[:, None, None], axis=1)
         return self.head(h, dtype), tuple(longer)
 
     def attention_inputs(self, tokens: Tokens, dtype: str = "float32") -> tuple[Inputs, ...]:
