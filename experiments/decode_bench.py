@@ -20,6 +20,7 @@ from slimjax.attention.layer import init_cache
 from slimjax.attention.projections import DecodeWeights
 from slimjax.cache import Cache
 from slimjax.config import Config, ConfigError, ModelConfig
+from slimjax.kernels import pallas_tpu
 from slimjax.kernels.api import IMPLEMENTATIONS, decode, native
 from slimjax.kernels.shapes import SHAPES, Shape
 from slimjax.kernels.spec import DecodeSpec
@@ -227,6 +228,16 @@ def bytes_read(weights: DecodeWeights, cache: Cache) -> int:
     return cache.nbytes + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
 
 
+def chosen_tiles(
+    query: jax.Array, cache: Cache, weights: DecodeWeights, spec: DecodeSpec, implementation: str
+) -> dict[str, float]:
+    """What a kernel with a choice of tiles chose."""
+    if implementation != "pallas_tpu":
+        return {}
+    tiles = pallas_tpu.tiles_of(query, cache, weights, spec)
+    return {"tile_tokens": tiles.block, "tile_splits": tiles.splits}
+
+
 class _Attention:
     """One shape, batch, context and dtype: its queries, its peers' times, and the measuring of a cell."""
 
@@ -264,7 +275,7 @@ class _Attention:
         peers = [peer.milliseconds for peer in map(self._peer, self.names) if isinstance(peer, timing.Timing)]
         if peers:
             metrics["speed_over_peer"] = min(peers) / run.milliseconds
-        return metrics
+        return metrics | chosen_tiles(self.query, held[0], weights, spec, implementation)
 
     def _turns(self, turn: Iterator[Cache]) -> tuple[Cache, ...]:
         """The caches of the next call."""

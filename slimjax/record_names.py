@@ -117,6 +117,8 @@ METRICS = {
     "teraflops_per_second": "multiplications and additions over wall time",
     "cycles": "estimated by a simulator or compiler",
     "vmem_bytes": "on-chip memory a kernel claims",
+    "tile_tokens": "cached tokens that a kernel works on at a time",
+    "tile_splits": "parts that a kernel cuts a sequence into",
     "values_per_token": "cached values per token, all layers, keys and values kept",
     "context_memory": "cached values of one sequence at the stated context, all layers",
     "encoder_cache": "values of the encoder's output",
