@@ -73,6 +73,7 @@ CASES = [
     Case("k2:int16", dtype="float32", splits=3),
     Case("k2:int16+8", dtype="float32", tokens=2),
     Case("k2:int16+8"),
+    Case("k2:int16(extra=int8)+8", TINY, "rope", "float32"),
     Case("k2:bf16", TINY, "rope", "float32", k_bias=True),
     Case("k2:bf16", TINY, "interleaved", "float32", 4),
     Case("k2:int16+8", TINY, "rope"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from slimjax.axes import Lengths
-from slimjax.cache import Cache, TiledCodec, in_tiles
+from slimjax.cache import Cache, TiledCodec, in_tiles, newest
 from slimjax.cache.codecs.flashq import quantise
 from slimjax.cache.tiled import Line, TiledRows, buffered, flushed, part_of
 from slimjax.pytree import pytree
@@ -98,26 +98,19 @@ def buffer_tiles(
         The slot of the first token, which of the S slots from there on each query finds there and not in tiles, and
         the slots' codes, tile by tile.
     """
-    span, size = codec.span, codec.tile
-    first, lines = flushed(codec, cache.length) * span, {}
-    if cache.recent is None:
-        lines = {name: _slots(stored, 0, span) for name, stored in cache.streams.items()}
-    else:
-        first, lines = cache.recent.first, cache.recent.lines
-    slots = first[:, None] + jnp.arange(lines["v"].codes.shape[1], dtype=jnp.int32)[None, :]
-    there = slots < cache.length[:, None]
-    mine = jnp.broadcast_to(there[:, None], (len(slots), positions.shape[1], slots.shape[1]))
+    first, mine, lines = newest(cache, codec, positions)
+    count, size = mine.shape[2], codec.tile
+    there = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :] < cache.length[:, None]
     if cache.recent is None:
         reference = _largest(lines["v"], there)
     else:
-        mine = mine & ~(slots[:, None] // span < flushed(codec, positions + 1)[:, :, None])
-        reference = _so_far(lines["v"], first, positions, span)
+        reference = _so_far(lines["v"], first, positions, codec.span)
 
     def tile(start: int) -> Tile:
         k, v = (jax.tree.map(lambda each: each[:, start : start + size], lines[name]) for name in "kv")
         return _held(k, v, reference, there[:, start : start + size], None)
 
-    return first, mine[:, None], tuple(tile(start) for start in range(0, slots.shape[1], size))
+    return first, mine[:, None], tuple(tile(start) for start in range(0, count, size))
 
 
 def _slots(stored: TiledRows, start: Int[Array, ""] | int, count: int) -> Line:

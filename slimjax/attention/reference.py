@@ -118,12 +118,19 @@ def turned_scores(q: Queries, k: Keys, key_positions: Int[Array, "S"], spec: Dec
 @typed
 def weights(raw: Scores, where: Geometry, spec: DecodeSpec) -> Scores:
     """Scores to weights P: scale, softcap, position bias, softmax; rounded to the compute dtype."""
+    value = scaled(raw, where, spec)
+    return softmax_of(spec.scheme.softmax)(value, where.mask).astype(spec.dtype)
+
+
+@typed
+def scaled(raw: Scores, where: Geometry, spec: DecodeSpec) -> Scores:
+    """Scale, softcap and position bias."""
     value = raw * (spec.head_dim**-0.5 if spec.scale is None else spec.scale)
     if spec.softcap is not None:
         value = spec.softcap * jnp.tanh(value / spec.softcap)
     if where.bias is not None:
         value = value + where.bias
-    return softmax_of(spec.scheme.softmax)(value, where.mask).astype(spec.dtype)
+    return value
 
 
 @typed

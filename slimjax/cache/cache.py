@@ -270,5 +270,29 @@ def in_tiles(codec: TiledCodec, positions: Int[Array, "B T"], slots: Int[Array, 
     return slots[None, None, :] // codec.span < flushed(codec, positions + 1)[:, :, None]
 
 
+def newest(
+    cache: Cache, codec: TiledCodec, positions: Int[Array, "B T"]
+) -> tuple[Lengths, Bool[Array, "B T S"], dict[str, Line]]:
+    """What queries find in the buffer, for who reads encoded tiles by itself.
+
+    Returns:
+        The slot of the first token; which of the S slots from there on each query finds there and not in tiles; and
+        by stream of tiles these slots, which hold anything where no query finds them.
+    """
+    first, lines = flushed(codec, cache.length) * codec.span, {}
+    if cache.recent is None:
+        for name, stored in cache.streams.items():
+            if isinstance(codec.stream(name), TiledCodec):
+                lines[name] = Line(codes=stored.buffer, scales=stored.scales)
+    else:
+        first, lines = cache.recent.first, cache.recent.lines
+    count = next(iter(lines.values())).codes.shape[1]
+    slots = first[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    mine = jnp.broadcast_to((slots < cache.length[:, None])[:, None], (len(slots), positions.shape[1], count))
+    if cache.recent is not None:
+        mine = mine & ~(slots[:, None] // codec.span < flushed(codec, positions + 1)[:, :, None])
+    return first, mine, lines
+
+
 def _within(rows: Float[Array, "B S K H"], valid: Bool[Array, "B S"]) -> Float[Array, "B S K H"]:
     return jnp.where(valid[:, :, None, None], rows, jnp.zeros_like(rows))

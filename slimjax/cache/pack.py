@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt8
 
 # The planes of a code, low bits first: how many bits each holds.
-_PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
 def _unit(bits: int) -> int:
     """The number of codes that fill whole bytes at this width."""
-    if bits not in _PLANES:
-        raise ValueError(f"codes are packed at {', '.join(map(str, _PLANES))} bits, not {bits=}")
-    return 8 // min(_PLANES[bits])
+    if bits not in PLANES:
+        raise ValueError(f"codes are packed at {', '.join(map(str, PLANES))} bits, not {bits=}")
+    return 8 // min(PLANES[bits])
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -67,7 +67,7 @@ def pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."
     """
     packed_size(codes.shape[axis], bits)
     planes, low = [], 0
-    for width in _PLANES[bits]:
+    for width in PLANES[bits]:
         plane = (codes >> jnp.uint8(low)) & jnp.uint8((1 << width) - 1)
         planes.append(_pack_plane(plane, width, axis))
         low += width
@@ -81,7 +81,7 @@ def unpack(packed: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, ".
         ValueError: another width, or at 3 bits a number of bytes that is no multiple of 3.
     """
     _unit(bits)
-    if len(_PLANES[bits]) == 1:
+    if len(PLANES[bits]) == 1:
         return _unpack_plane(packed, bits, axis)
     count = packed.shape[axis]
     if count % bits:

@@ -10,14 +10,17 @@ import jax.numpy as jnp
 from slimjax.attention.bases import basis
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries, typed
-from slimjax.cache import Cache
+from slimjax.cache import Cache, Codec, TiledCodec, codec_of
 from slimjax.kernels.combine import combine
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import VMEM, Tiles, choose
 from slimjax.kernels.tpu import flashq_decode
+from slimjax.kernels.tpu.buffer import attend_buffer
 from slimjax.kernels.tpu.generations import Generation, running
+from slimjax.kernels.tpu.online import LANES
 from slimjax.kernels.tpu.operands import angles, operands
 from slimjax.kernels.tpu.rows import attend_rows, memory
+from slimjax.kernels.tpu.tiled_rows import COUNT
 
 
 @typed
@@ -61,12 +64,24 @@ def _decode_rows(
     interpret: Any,
 ) -> Queries:
     given, rules = operands(q, cache, weights, spec, start)
-    chosen = choose(cache.capacity, memory(given, rules), tiles=tiles, vmem=_vmem(generation))
+    codec = codec_of(spec.scheme)
+    chosen = choose(
+        cache.capacity, memory(given, rules), tiles=tiles, vmem=_vmem(generation), unit=_unit(codec)
+    )
     if given.turned is not None:
         blocks = math.ceil(cache.capacity / chosen.block)
         given = dataclasses.replace(given, angles=angles(spec, chosen.block, blocks))
-    mixed, _ = combine(*attend_rows(given, rules, chosen, interpret=interpret))
+    parts = attend_rows(given, rules, chosen, interpret=interpret)
     batch, tokens, heads, _ = q.shape
+    if isinstance(codec, TiledCodec):
+        newest = attend_buffer(q, cache, weights, spec, codec, start)
+        parts = [
+            jnp.concatenate(
+                [part[:, :, : tokens * heads], each.reshape(1, batch, tokens * heads, *each.shape[3:])]
+            )
+            for part, each in zip(parts, newest, strict=True)
+        ]
+    mixed, _ = combine(*parts)
     rows = mixed[:, : tokens * heads].reshape(batch, tokens, heads, -1)
     return basis(spec).finish(rows, weights, spec).astype(spec.dtype)
 
@@ -108,12 +123,18 @@ def tiles_of(
     def look(q: Queries, cache: Cache, weights: DecodeWeights) -> None:
         nonlocal found
         used = memory(*operands(q, cache, weights, spec, cache.length))
-        found = choose(cache.capacity, used, vmem=_vmem(generation or running()))
+        unit = _unit(codec_of(spec.scheme))
+        found = choose(cache.capacity, used, vmem=_vmem(generation or running()), unit=unit)
 
     found: Tiles | None = None
     jax.eval_shape(look, q, cache, weights)
     assert found is not None
     return found
+
+
+def _unit(codec: Codec) -> int:
+    """Tokens that a block is a multiple of."""
+    return math.lcm(COUNT * codec.tile, LANES) if isinstance(codec, TiledCodec) else 16
 
 
 def _vmem(generation: Generation | None) -> int:

@@ -40,15 +40,24 @@ class Memory:
         return self.fixed + block * self.token
 
 
-def choose(capacity: int, memory: Memory, *, tiles: Tiles | None = None, vmem: int = VMEM) -> Tiles:
+def choose(
+    capacity: int, memory: Memory, *, tiles: Tiles | None = None, vmem: int = VMEM, unit: int = 16
+) -> Tiles:
     """The tiles asked for, else the longest of ``BLOCKS`` that fit into ``vmem`` bytes; both cut to the capacity.
 
+    unit: tokens; a tile has a multiple of them, so that of ``BLOCKS`` others are left out, or ``unit`` itself.
+
     Raises:
-        NotImplementedError: not even the shortest fits, or those asked for do not.
+        NotImplementedError: not even the shortest fits, or those asked for do not, or are no multiple of ``unit``.
     """
-    whole = max(16, math.ceil(capacity / 16) * 16)
+    whole = max(unit, math.ceil(capacity / unit) * unit)
     vmem = vmem if tiles is None else tiles.vmem
-    blocks = [min(block, whole) for block in (BLOCKS if tiles is None else (tiles.block,))]
+    if tiles is not None and tiles.block % unit:
+        raise NotImplementedError(
+            f"{tiles.block=}: the kernel takes multiples of {unit} tokens of these rows"
+        )
+    asked = BLOCKS if tiles is None else (tiles.block,)
+    blocks = [min(block, whole) for block in asked if block % unit == 0] or [unit]
     for block in blocks:
         if memory.of(block) <= SHARE * vmem:
             return Tiles(block=block, vmem=vmem) if tiles is None else dataclasses.replace(tiles, block=block)

@@ -10,7 +10,7 @@ A code c of channel e in tile t stands for low[t, e] + step[t, e] c. So the quer
   in which a tile's maximum, scale and sum are its row's.
 * q step has 15 bits at most: 128 hi + lo, both INT8, in one product of twice the rows.
 * Codes of 4 and 2 bits lie by parts (``cache.pack``): a byte's parts are other tokens of its tile, and a shift and a
-  mask of whole words unpack them.
+  mask of whole words unpack them. Codes of 3 bits, two planes, are put in the order of their tokens.
 
 All sums are the integers of the reference; where no unit multiplies INT8 (v4, v7x), bfloat16 products have them, too.
 Bytes per token: K H (bits + 16/G) / 8 and 4 K / G, twice. FLOPs per token: 4 N T H count, 12 m N T H are done.
@@ -32,8 +32,7 @@ from jaxtyping import Array, Float, Int32
 
 from slimjax.attention.integer import Integer
 from slimjax.kernels.tiles import Tiles
-from slimjax.kernels.tpu.online import LANES, Rules
-from slimjax.kernels.tpu.rows import locate
+from slimjax.kernels.tpu.online import LANES, Rules, locate
 from slimjax.kernels.tpu.tile_columns import Block, Work, block_of, take
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree, static
@@ -66,12 +65,15 @@ class Section:
         q: INT8 codes in the columns of their heads; a row for each of the R = G*T queries that share a head.
         q_scale: of each query, R rows for each head of a group of columns, on all lanes.
         slopes: ALiBi's, likewise.
-        bits: 2, 4 or 8.
+        bias: of a trained position scheme, what is added to every score, a block's tokens in the order in which its
+            codes are unpacked: 4 N T bytes more a token.
+        bits: 2, 3, 4 or 8.
     """
 
     q: Float[Array, "B R W"]
     q_scale: Float[Array, "B groups hR 128"]
     slopes: Float[Array, "groups hR 128"] | None
+    bias: Float[Array, "B groups hR C"] | None
     k: Stream
     v: Stream
     bits: int = static()
@@ -153,11 +155,17 @@ def attend_tiles(
     def shared(array: Array) -> pl.BlockSpec:
         return pl.BlockSpec(array.shape, lambda b, s, j, *_: (0,) * array.ndim)
 
+    def scores(array: Array) -> pl.BlockSpec:
+        return pl.BlockSpec(
+            (None, *array.shape[1:3], tiles.block), lambda *at: (at[0], 0, 0, where(*at[:5])[1])
+        )
+
     def specs(section: Section) -> Section:
         streams = {n: jax.tree.map(functools.partial(block, own=True), getattr(section, n)) for n in "kv"}
         mine: Any = {n: block(getattr(section, n), own=False) for n in ("q", "q_scale")}
         slopes: Any = None if section.slopes is None else shared(section.slopes)
-        return Section(**mine, **streams, slopes=slopes, bits=section.bits)
+        bias: Any = None if section.bias is None else scores(section.bias)
+        return Section(**mine, **streams, slopes=slopes, bias=bias, bits=section.bits)
 
     def state(section: Section) -> tuple[tuple[int, ...], ...]:
         return (section.q_scale.shape[1:], section.q_scale.shape[1:], section.q.shape[1:])

@@ -6,23 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int
 
 from slimjax.attention.compute import compute_of, compute_text
 from slimjax.attention.integer import Asked, Integer, State, answer, ask
 from slimjax.attention.integer_tiles import buffer_tiles
-from slimjax.attention.positions import alibi_slopes, rotate
+from slimjax.attention.positions import alibi_slopes, bias, rotate
 from slimjax.attention.projections import DecodeWeights
-from slimjax.attention.reference import geometry
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.cache.codecs.flashq import FlashQ, FlashQTiles
 from slimjax.cache.codecs.mixed import MixedTiles, Pair
-from slimjax.cache.tiled import flushed
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import SHARE, Tiles
+from slimjax.kernels.tpu import tiled_rows
+from slimjax.kernels.tpu.buffer import buffer_geometry, tokens_in_tiles
 from slimjax.kernels.tpu.flashq import Section, Static, Stream, at_once, attend_tiles, together
 from slimjax.kernels.tpu.online import LANES, Rules
+from slimjax.kernels.tpu.tile_columns import parts_of
 from slimjax.pytree import pytree
 
 COUNTS = (
@@ -47,14 +48,12 @@ def _widths(codec: object) -> tuple[FlashQ, ...] | None:
 def refusal(spec: DecodeSpec) -> str | None:
     """Why the kernel cannot serve a spec that ``serves``, or None."""
     widths = _widths(codec_of(spec.scheme)) or ()
-    if any(part.bits == 3 for part in widths):
-        return "codes of 3 bits have no kernel; use 2, 4, 8 or 2-4"
+    if reason := next((tiled_rows.refusal(part) for part in widths if part.bits == 3), None):
+        return reason
     if (mode := compute_of(spec)) and not isinstance(mode, Integer):
         return f"compute mode {compute_text(spec.scheme)} of FlashQ's tiles has no kernel; it has int8"
     if reason := compute_of(spec).refusal(spec):
         return reason
-    if spec.position.kind not in ("none", "learned", "rope", "alibi"):
-        return f"position scheme {spec.position.kind!r} has no kernel over FlashQ's tiles"
     return None
 
 
@@ -76,7 +75,9 @@ def decode_tiles(
     tokens = q.shape[1]
     positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     asked = ask(rotate(q.astype(spec.dtype), positions, spec.position), spec, 1)
-    limit = _in_tiles(cache, codec, positions, spec)
+    limit = tokens_in_tiles(cache, codec, positions)
+    if spec.causal:  # queries behind a sequence are padding
+        limit = jnp.where(positions < cache.length[:, None], limit, 0)
     fixed = Static(
         rules=_rules(spec, tokens),
         integer=integer,
@@ -84,15 +85,14 @@ def decode_tiles(
         tile=codec.tile,
         dtype="int8" if int8 else "bfloat16",
     )
-    sections = _sections(asked, cache, codec, spec)
+    sections = _sections(asked, cache, codec, spec, _bias(cache, weights, positions, spec), tiles)
     states = attend_tiles(
         jnp.max(limit, axis=1), start, limit.reshape(-1), sections, fixed, tiles, interpret=interpret
     )
     state = _state(states, sections, asked)
     first, mine, buffer = buffer_tiles(cache, codec, positions)
-    slots = jnp.arange(mine.shape[3], dtype=jnp.int32)
-    where = geometry(positions - first[:, None], slots, cache.length - first, weights.position, spec)
-    where = where.without_padding(cache.length - first, spec).restrict(mine)
+    where = buffer_geometry(first, mine[:, 0], positions, cache, weights, spec)
+    where = where.without_padding(cache.length - first, spec)
     for index, tile in enumerate(buffer):
         state = integer.take(state, asked, (tile,), where, spec, index * codec.tile, codec.tile)
     return answer(state, tokens, spec)
@@ -107,7 +107,7 @@ def tiles_for(spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None,
     assert widths is not None
     size = widths[0].tile
     if tiles is None:
-        parts = [size * part.bits // 8 for part in widths]
+        parts = [size // parts_of(part.bits) for part in widths]
         count = next((n for n in COUNTS if all(n * part % LANES == 0 for part in parts)), COUNTS[-1])
         tiles = Tiles(block=count * size, vmem=vmem)
     if tiles.block % (8 * size):
@@ -131,8 +131,11 @@ def _memory(spec: DecodeSpec, widths: tuple[FlashQ, ...], block: int, tokens: in
     rows = math.ceil(queries / 8) * 8
     states = 2 * rows * wide * 4 + 3 * spec.kv_heads * rows * LANES * 4
     heads = together(spec.kv_heads, spec.head_dim) * at_once(spec.kv_heads, spec.head_dim, queries)
+    if spec.position.trained:
+        blocks += 4 * block * spec.kv_heads * rows
     scores = 6 * heads * queries * (block // size) * block * 4
-    return 2 * (blocks + states) + 2 * block * heads * spec.head_dim + scores
+    code = 4 + 2 if any(part.bits == 3 for part in widths) else 2  # unpacked to words, or as bytes
+    return 2 * (blocks + states) + code * block * heads * spec.head_dim + scores
 
 
 def _rules(spec: DecodeSpec, tokens: int) -> Rules:
@@ -148,19 +151,36 @@ def _rules(spec: DecodeSpec, tokens: int) -> Rules:
     )
 
 
-def _in_tiles(
-    cache: Cache, codec: TiledCodec, positions: Int[Array, "B T"], spec: DecodeSpec
-) -> Int32[Array, "B T"]:
-    """Tokens that each query finds in tiles; none where it is padding behind the sequence."""
-    windows = jnp.broadcast_to(flushed(codec, cache.length)[:, None], positions.shape)
-    if cache.recent is not None:
-        windows = jnp.minimum(windows, flushed(codec, positions + 1))
-    if spec.causal:
-        windows = jnp.where(positions < cache.length[:, None], windows, 0)
-    return (windows * codec.span).astype(jnp.int32)
+def _bias(
+    cache: Cache, weights: DecodeWeights, positions: Int[Array, "B T"], spec: DecodeSpec
+) -> Float[Array, "B K R C"] | None:
+    """What a trained position scheme adds to the scores."""
+    if not spec.position.trained:
+        return None
+    slots = jnp.arange(cache.capacity, dtype=jnp.int32)
+    found = bias(spec.position, weights.position, positions, slots, spec.heads, jnp.float32)
+    assert found is not None  # of a trained scheme
+    return found.reshape(len(positions), spec.kv_heads, -1, cache.capacity)
 
 
-def _sections(asked: Asked, cache: Cache, codec: TiledCodec, spec: DecodeSpec) -> tuple[Section, ...]:
+def _unpacked_order(
+    rows: Float[Array, "*lead C"], bits: int, tile: int, block: int
+) -> Float[Array, "*lead c"]:
+    """Tokens of every block in the order in which its codes are unpacked: part by part, tile by tile."""
+    lead, parts = rows.shape[:-1], parts_of(bits)
+    padded = jnp.pad(rows, ((0, 0),) * len(lead) + ((0, -rows.shape[-1] % block),))
+    tiles = padded.reshape(*lead, -1, block // tile, parts, tile // parts)
+    return jnp.swapaxes(tiles, -3, -2).reshape(padded.shape)
+
+
+def _sections(
+    asked: Asked,
+    cache: Cache,
+    codec: TiledCodec,
+    spec: DecodeSpec,
+    biased: Float[Array, "B K R C"] | None,
+    tiles: Tiles,
+) -> tuple[Section, ...]:
     """Heads of each width, with what they read."""
     held = {
         name: jax.tree.unflatten(each.tiles.structure, each.tiles.leaves)
@@ -179,11 +199,16 @@ def _sections(asked: Asked, cache: Cache, codec: TiledCodec, spec: DecodeSpec) -
         heads = part["k"].scale.shape[2]
         mine = slice(first, first + heads)
         lanes = heads // together(heads, size)
+        added = None
+        if biased is not None:
+            added = biased[:, mine].reshape(batch, lanes, -1, cache.capacity)
+            added = _unpacked_order(added, part["k"].bits, codec.tile, tiles.block)
         found.append(
             Section(
                 q=jnp.moveaxis(codes[:, mine], 1, 2).reshape(batch, queries, heads * size),
                 q_scale=_on_lanes(scale[:, mine], lanes),
                 slopes=None if slopes is None else _on_lanes(slopes[:, mine], lanes)[0],
+                bias=added,
                 k=_stream(part["k"]),
                 v=_stream(part["v"]),
                 bits=part["k"].bits,

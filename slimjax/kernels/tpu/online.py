@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
+from slimjax.kernels.tpu.tiled_rows import Tiled
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree, static
 
 LANES = 128
+HALVES = (256.0, 1.0)  # what the bytes of an int16 code stand for
 
 
 @pytree
@@ -37,6 +39,15 @@ class Held:
     def tokens(self) -> int:
         """C, or the tokens of a block."""
         return self.codes.shape[-1 if self.tokens_last else -2]
+
+    @property
+    def stored(self) -> int:
+        """Bytes of a value."""
+        return self.codes.dtype.itemsize
+
+    def operands(self, dtype: Any) -> tuple[float, ...]:
+        """Factors of the operands that codes are made into, where that is more than a cast; see ``Reader.load``."""
+        return HALVES if self.codes.dtype == jnp.int16 and dtype == jnp.bfloat16 else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,6 +109,7 @@ class Loaded:
     """Columns of a block of rows as operands of products: the sum of ``factor * array``."""
 
     parts: tuple[tuple[float, Array], ...]
+    unrounded: Array | None = None  # float32, where operands are rounded
 
     def total(self, of: Callable[[Array], Array]) -> Array:
         """The sum of something linear in the rows over the parts that they are given in."""
@@ -106,7 +118,28 @@ class Loaded:
     @property
     def rows(self) -> Array:
         """Unscaled, float32."""
+        if self.unrounded is not None:
+            return self.unrounded
         return self.total(lambda part: part.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Keys whose operands were kept when they met the queries."""
+
+    parts: tuple[tuple[float, Any], ...]
+    scale: Any
+    tokens_last: bool = False
+
+
+Rows = Held | Tiled | Kept
+
+
+def keep(keys: Held | Tiled, refs: Sequence[Any], dtype: Any) -> Rows:
+    """The keys as kept in ``refs``, or as they are where nothing was kept."""
+    if not refs:
+        return keys
+    return Kept(parts=tuple(zip(keys.operands(dtype), refs, strict=True)), scale=keys.scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +149,13 @@ class Reader:
     dtype: Any
     left: Any  # None: the block is full
 
-    def load(self, each: Held, columns: Any) -> Loaded:
+    def load(self, each: Rows, columns: Any) -> Loaded:
         """int16 codes under bfloat16 products as 256 high + low, with each in a byte, which bfloat16 holds exactly."""
+        if isinstance(each, Kept):
+            return Loaded(tuple((factor, ref[:, columns]) for factor, ref in each.parts))
+        if isinstance(each, Tiled):
+            rows = each.rows(columns, self.left)
+            return Loaded(((1.0, rows.astype(self.dtype)),), unrounded=rows)
         codes = each.codes[columns, :] if each.tokens_last else each.codes[:, columns]
         if self.left is not None:  # anything may be there, NaN included, and 0 * NaN is NaN
             wide = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
@@ -127,13 +165,13 @@ class Reader:
         if each.codes.dtype == jnp.int16 and self.dtype == jnp.bfloat16:
             whole = codes.astype(jnp.int32)
             high = (whole + 128) >> 8
-            split = ((256.0, high), (1.0, whole - 256 * high))
+            split = zip(HALVES, (high, whole - 256 * high), strict=True)
             return Loaded(tuple((f, part.astype(jnp.float32).astype(self.dtype)) for f, part in split))
         if codes.dtype != self.dtype:
             codes = codes.astype(jnp.float32).astype(self.dtype)
         return Loaded(((1.0, codes),))
 
-    def scale(self, each: Held) -> Array | None:
+    def scale(self, each: Rows) -> Array | None:
         """[K or 1, block], or None."""
         if each.scale is None:
             return None
@@ -142,6 +180,18 @@ class Reader:
             return scale
         inside = jax.lax.broadcasted_iota(jnp.int32, scale.shape, 1) < self.left
         return jnp.where(inside, scale, jnp.zeros_like(scale))
+
+
+def locate(
+    b: Any, s: Any, j: Any, length: Any, first: Any, *, rules: Rules, block: int, blocks: int, steps: int
+) -> tuple[Any, Any]:
+    """The block that a grid step stands for, and the one that it copies: past the last, that one again."""
+    begin = jnp.int32(0)
+    if rules.window is not None:
+        begin = jax.lax.div(jnp.maximum(first[b] - (rules.window - 1), 0), jnp.int32(block))
+    at = begin + s * steps + j
+    last = jnp.clip(jax.lax.div(length[b] + (block - 1), jnp.int32(block)) - 1, 0, blocks - 1)
+    return at, jnp.minimum(at, last)
 
 
 def dot(a: Array, b: Array, over: int) -> Array:
@@ -174,7 +224,7 @@ def by_row(scale: Array, rows: int, rules: Rules) -> Array:
 
 
 def visible(shape: tuple[int, ...], start: Any, length: Any, first: Any, rules: Rules) -> Array:
-    """True where a query row may see a token, [M, block]."""
+    """True where a query row may see a token, [M, block]. ``length``: one, or of each row, [M, 1]."""
     token = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     query = first + query_token(jax.lax.broadcasted_iota(jnp.int32, shape, 0), rules)
     seen = token < length
@@ -188,7 +238,7 @@ def visible(shape: tuple[int, ...], start: Any, length: Any, first: Any, rules: 
 def weigh(
     raw: Array,
     seen: Array,
-    weighed: Sequence[Held],
+    weighed: Sequence[Rows],
     reader: Reader,
     state: tuple[Any, Any, list[Any]],
     rules: Rules,
@@ -207,7 +257,7 @@ def weigh(
         _add(mixed, each, weights, shrunk, reader)
 
 
-def _add(mixed: Any, each: Held, weights: Array, shrunk: Array, reader: Reader) -> None:
+def _add(mixed: Any, each: Rows, weights: Array, shrunk: Array, reader: Reader) -> None:
     """mixed = mixed * shrunk + weights rows."""
 
     def visit(columns: Any, state: None) -> None:

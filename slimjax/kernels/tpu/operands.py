@@ -1,22 +1,28 @@
 """What ``rows.attend_rows`` takes, made of a cache and a layer's weights, or the reason why it cannot be."""
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32, Num
 
 from slimjax.attention.bases import basis
 from slimjax.attention.compute import compute_text
 from slimjax.attention.positions import alibi_slopes, bias, quarter_turn
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries
-from slimjax.cache import Cache, codec_of
+from slimjax.cache import Cache, TiledCodec, codec_of
+from slimjax.cache.codecs.flashq import FlashQ
 from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.cache.codecs.fp8 import Fp8Codec
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.spec import DecodeSpec
+from slimjax.kernels.tpu import tiled_rows
+from slimjax.kernels.tpu.buffer import tokens_in_tiles
 from slimjax.kernels.tpu.online import LANES, Held, Rules
+from slimjax.kernels.tpu.tiled_rows import Tiled
 from slimjax.pytree import pytree
 
 HEADED, LATENT = ("kv", "k"), ("x", "e", "h")  # queries meet keys, or rows that stand for them
@@ -37,7 +43,7 @@ class Operands:
     """Arrays of one call. M = T*N query rows, token by token, filled up to a multiple of 16.
 
     Attributes:
-        length: tokens of each sequence.
+        length: tokens of each sequence that some query finds in these rows.
         first: position of each sequence's first query.
         q: in the dtype of products.
         turned: under RoPE, -J q, where J is a quarter turn of every pair.
@@ -47,18 +53,20 @@ class Operands:
         key_bias: what is added to the keys before they are turned.
         slopes: ALiBi's, of every query row.
         bias: of a trained position scheme, what is added to every score: 4*M bytes more a token.
+        limit: of tiles, the tokens that each query row finds in them.
     """
 
     length: Lengths
     first: Lengths
     q: Float[Array, "B M W"]
     turned: Float[Array, "B M W"] | None
-    keys: Held
-    further: tuple[Held, ...]
+    keys: Held | Tiled
+    further: tuple[Held | Tiled, ...]
     angles: Angles | None
     key_bias: Float[Array, "1 W"] | None
     slopes: Float[Array, "M 1"] | None
     bias: Float[Array, "B M C"] | None
+    limit: Int32[Array, "B M 1"] | None
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -75,23 +83,26 @@ def refusal(spec: DecodeSpec) -> str | None:
     if spec.dtype not in ("bfloat16", "float32"):
         return f"compute dtype {spec.dtype} is none of a TPU's; use bfloat16 or float32"
     codec = codec_of(scheme)
-    for name in basis(spec).streams(spec):
-        if reason := _codec_refusal(codec.stream(name), spec):
+    for name, (heads, _) in basis(spec).streams(spec).items():
+        if reason := _codec_refusal(codec.stream(name), spec, heads):
             return reason
     return None
 
 
-def _codec_refusal(codec: object, spec: DecodeSpec) -> str | None:
+def _codec_refusal(codec: object, spec: DecodeSpec, heads: int) -> str | None:
     if isinstance(codec, FloatCodec) and codec.kind in ("bf16", "float32"):
         return None
+    if isinstance(codec, FlashQ) and spec.scheme.basis == "k":
+        return tiled_rows.refusal(codec)
     by_head = isinstance(codec, IntegerCodec) and codec.per_head
     if isinstance(codec, Fp8Codec):
         by_head = codec.scale == "head"
         if not isinstance(codec.scale, str):
             return "codec fp8 with a known scale has no kernel; use scale head, token or none"
     elif not isinstance(codec, IntegerCodec):
-        return f"codec {spec.scheme.codec} has no kernel; it has bf16, float32, int16, int8 and fp8"
-    if by_head and spec.scheme.basis == "k":
+        name = getattr(codec, "name", spec.scheme.codec)
+        return f"codec {name} has no kernel; it has bf16, float32, int16, int8, fp8 and, of k, flashq of one width"
+    if by_head and heads > 1 and spec.scheme.basis == "k":
         return (
             "keys that are weighed as whole rows need one scale for all heads; use int16, or fp8(scale=token)"
         )
@@ -112,12 +123,17 @@ def operands(
     if headed:
         rows = _block_diagonal(ready, spec.kv_heads)
         if spec.scheme.basis == "k" and spec.position.rotary:
-            turned = _rows(_block_diagonal(-quarter_turn(ready, spec.position), spec.kv_heads), spec)
+            turned = _rows(_block_diagonal(-quarter_turn(ready, spec.position), spec.kv_heads), spec.dtype)
     elif ready.bias is not None and spec.softcap is not None:
         raise NotImplementedError(f"scheme {spec.scheme}: a key bias under a softcap has no kernel")
     else:  # a key bias that no softcap follows cancels
         rows = ready.q
-    keys, *further = (_held(cache, name) for name in basis(spec).streams(spec))
+    keys, *further = (_held(cache, name, spec) for name in basis(spec).streams(spec))
+    length, limit, codec = cache.length, None, codec_of(spec.scheme)
+    if isinstance(codec, TiledCodec):
+        found = tokens_in_tiles(cache, codec, positions)
+        length = jnp.max(found, axis=1)
+        limit = _rows(jnp.broadcast_to(found[:, :, None, None], (*q.shape[:3], 1)), jnp.int32)
     rules = Rules(
         heads=heads,
         tokens=tokens,
@@ -128,23 +144,27 @@ def operands(
         window=spec.window,
         causal=spec.causal,
     )
-    key_bias = None
-    if spec.scheme.basis == "k" and weights.k_bias is not None:
-        if keys.scale is not None:
-            raise NotImplementedError(f"scheme {spec.scheme}: a key bias beside scaled keys has no kernel")
-        key_bias = weights.k_bias.astype(jnp.float32).reshape(1, -1)
     return Operands(
-        length=cache.length,
+        length=length,
         first=first,
-        q=_rows(rows, spec),
+        q=_rows(rows, spec.dtype),
         turned=turned,
         keys=keys,
         further=tuple(further),
         angles=None,
-        key_bias=key_bias,
+        key_bias=_key_bias(weights, keys, spec),
         slopes=_slopes(spec, tokens),
         bias=_bias(weights, positions, cache.capacity, spec),
+        limit=limit,
     ), rules
+
+
+def _key_bias(weights: DecodeWeights, keys: Held | Tiled, spec: DecodeSpec) -> Float[Array, "1 W"] | None:
+    if spec.scheme.basis != "k" or weights.k_bias is None:
+        return None
+    if keys.scale is not None:
+        raise NotImplementedError(f"scheme {spec.scheme}: a key bias beside scaled keys has no kernel")
+    return weights.k_bias.astype(jnp.float32).reshape(1, -1)
 
 
 def angles(spec: DecodeSpec, block: int, blocks: int) -> Angles:
@@ -175,16 +195,19 @@ def _block_diagonal(q: Queries, kv_heads: int) -> Float[Array, "B T N E"]:
     return (q[:, :, :, None] * own[None, None, :, :, None]).reshape(batch, tokens, heads, kv_heads * size)
 
 
-def _rows(q: Float[Array, "B T N W"], spec: DecodeSpec) -> Float[Array, "B M W"]:
-    """Query rows token by token, in the compute dtype, filled up to a multiple of 16."""
+def _rows(q: Num[Array, "B T N W"], dtype: Any) -> Num[Array, "B M W"]:
+    """Query rows token by token, filled up to a multiple of 16."""
     batch, tokens, heads, width = q.shape
-    flat = q.reshape(batch, tokens * heads, width).astype(spec.dtype)
+    flat = q.reshape(batch, tokens * heads, width).astype(dtype)
     return jnp.pad(flat, ((0, 0), (0, -tokens * heads % 16), (0, 0)))
 
 
-def _held(cache: Cache, name: str) -> Held:
+def _held(cache: Cache, name: str, spec: DecodeSpec) -> Held | Tiled:
     """A stream's codes and scales as they lie: no array of the cache's size is made."""
-    stored = cache.streams[name]
+    stored, codec = cache.streams[name], codec_of(spec.scheme).stream(name)
+    if isinstance(codec, TiledCodec):
+        laid = stored.tiles
+        return tiled_rows.tiled(jax.tree.unflatten(laid.structure, laid.leaves), codec.tile)
     codes, *scale = stored.leaves
     return Held(codes=codes, scale=scale[0] if scale else None, tokens_last=stored.tokens_last[0])
 

@@ -8,8 +8,10 @@ For every query row m (a head of a query token) and cached row c of W numbers:
   slim attention's option 2 weighs whole rows anyway, and a matrix unit has more rows than a token has heads.
 * RoPE on rows cached unrotated: R(n0 + j) = R(n0) R(j), so one table of angles serves every block, and the queries are
   turned back by the block's start n0. q . R(j) c = (q cos) . c + (q' sin) . c with q' the other of each pair: the
-  tables are multiplied into the rows, twice, and no number of a row changes its lane.
-* int16 codes are 256 * hi + lo with both in a byte: two bfloat16 products, each exact.
+  tables are multiplied into the rows, twice, and no number of a row changes its lane (moving lanes by half a head
+  takes v5e 63 to 89 cycles a tile in place of 57).
+* int16 codes are 256 * hi + lo with both in a byte: two bfloat16 products, each exact. FlashQ's tiles: ``tiled_rows``.
+  Keys that are weighed, too, are converted once: their operands wait in fast memory.
 
 Bytes per token: those of the rows and their scales. FLOPs per token: 4 M W (6 M W under RoPE), M = N T.
 Grid: (sequence, part, block); blocks past a sequence's length, or before its window, cost no copy.
@@ -35,13 +37,16 @@ from slimjax.kernels.tpu.online import (
     Rules,
     by_row,
     dot,
+    keep,
     kv_head,
+    locate,
     over_columns,
     query_token,
     visible,
     weigh,
 )
 from slimjax.kernels.tpu.operands import Angles, Operands
+from slimjax.kernels.tpu.tiled_rows import Tiled
 from slimjax.numerics import MASK
 
 
@@ -52,12 +57,13 @@ def memory(operands: Operands, rules: Rules) -> Memory:
     widths = _widths(operands, rules)
     fixed = 2 * 2 * operands.q[0].nbytes + 2 * rows * 4 * (_padded(sum(_answers(operands, rules))) + LANES)
     fixed += rows * 4 * (sum(map(_padded, widths)) + 2 * LANES)
-    token = sum(2 * _padded(each.width) * each.codes.dtype.itemsize for each in held)
+    token = sum(2 * _padded(each.width) * each.stored for each in held)
+    token += len(_kept(operands, rules)) * _padded(operands.keys.width) * operands.q.dtype.itemsize
     token += (
         (3 if operands.bias is None else 5) * 4 * rows
     )  # scores, weights and a copy of either; bias, twice
     # What the columns at work are turned into, float32 or pairs of bfloat16 (as the compiler was seen to).
-    wide = operands.turned is not None or operands.keys.codes.dtype == jnp.int16
+    wide = operands.turned is not None or bool(operands.keys.operands(jnp.bfloat16))
     token += (24 if wide else 8) * min(_padded(operands.keys.width), COLUMNS)
     return Memory(fixed=fixed, token=token)
 
@@ -94,6 +100,7 @@ def attend_rows(
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 [pltpu.VMEM((rows, w), jnp.float32) for w in _widths(operands, rules)],
+                [pltpu.VMEM((block, operands.keys.width), operands.q.dtype) for _ in _kept(operands, rules)],
             ],
         ),
         out_shape=[
@@ -124,18 +131,22 @@ def _inputs(operands: Operands, block: int, at: Callable[..., Any]) -> tuple[dic
     def tokens_last(height: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, height, block), lambda *i: (i[0], 0, at(*i)))
 
-    def held(each: Held) -> Held:
+    def held(each: Held | Tiled) -> Held | Tiled:
+        if isinstance(each, Tiled):
+            return each.specs(block, at)
         rows = pl.BlockSpec((None, block, each.width), lambda *i: (i[0], at(*i), 0))
         specs: Any = {"codes": tokens_last(each.width) if each.tokens_last else rows}
         if each.scale is not None:
             specs["scale"] = tokens_last(each.scale.shape[1])
         return Held(**specs, tokens_last=each.tokens_last)
 
-    places = {"q": per_sequence, "turned": per_sequence, "key_bias": fixed, "slopes": fixed}
+    moving, still = ("q", "turned", "limit"), ("key_bias", "slopes")
     arrays: dict[str, Any] = {
-        name: array for name in places if (array := getattr(operands, name)) is not None
+        name: array for name in moving + still if (array := getattr(operands, name)) is not None
     }
-    specs: dict[str, Any] = {name: places[name](array) for name, array in arrays.items()}
+    specs: dict[str, Any] = {
+        name: (per_sequence if name in moving else fixed)(array) for name, array in arrays.items()
+    }
     if operands.bias is not None:
         arrays["bias"], specs["bias"] = operands.bias, tokens_last(operands.bias.shape[1])
     arrays["held"] = (operands.keys, *operands.further)
@@ -152,6 +163,11 @@ def _padded(width: int) -> int:
     return math.ceil(width / LANES) * LANES
 
 
+def _kept(operands: Operands, rules: Rules) -> tuple[float, ...]:
+    """The factors of the keys' operands that are kept."""
+    return operands.keys.operands(operands.q.dtype) if rules.keys_weigh else ()
+
+
 def _widths(operands: Operands, rules: Rules) -> list[int]:
     """Of the sums."""
     weighed = (operands.keys, *operands.further) if rules.keys_weigh else operands.further
@@ -164,18 +180,6 @@ def _answers(operands: Operands, rules: Rules) -> list[int]:
     return widths if rules.keys_weigh else [width // rules.kv_heads for width in widths]
 
 
-def locate(
-    b: Any, s: Any, j: Any, length: Any, first: Any, *, rules: Rules, block: int, blocks: int, steps: int
-) -> tuple[Any, Any]:
-    """The block that a grid step stands for, and the one that it copies: past the last, that one again."""
-    begin = jnp.int32(0)
-    if rules.window is not None:
-        begin = jax.lax.div(jnp.maximum(first[b] - (rules.window - 1), 0), jnp.int32(block))
-    at = begin + s * steps + j
-    last = jnp.clip(jax.lax.div(length[b] + (block - 1), jnp.int32(block)) - 1, 0, blocks - 1)
-    return at, jnp.minimum(at, last)
-
-
 def _kernel(
     # prefetched: [B] each
     length: Any,
@@ -185,10 +189,12 @@ def _kernel(
     # outputs: [M, A], [M, 128]
     out: Any,
     log_sums: Any,
-    # scratch: running maximum and sum, [M, 128] each with one number a row, and weighed rows, [M, W] each
+    # scratch: running maximum and sum, [M, 128] each with one number a row; weighed rows, [M, W] each; and the keys'
+    # operands, [block, W] each, where these are made of codes and needed twice
     peak: Any,
     total: Any,
     sums: list[Any],
+    kept: list[Any],
     # static
     *,
     rules: Rules,
@@ -212,9 +218,11 @@ def _kernel(
         @pl.when((at == copied) & ((left > 0) & (left < block) if ragged else left >= block))
         def step(ragged: bool = ragged) -> None:
             reader = Reader(inputs["q"].dtype, left if ragged else None)
-            raw = _scores(inputs, reader, at * block - first[b], rules)
-            seen = visible(raw.shape, at * block, length[b], first[b], rules)
-            weighed = inputs["held"] if rules.keys_weigh else inputs["held"][1:]
+            raw = _scores(inputs, reader, kept, at * block - first[b], rules)
+            limit = inputs["limit"][...] if "limit" in inputs else length[b]
+            seen = visible(raw.shape, at * block, limit, first[b], rules)
+            keys, *further = inputs["held"]
+            weighed = (keep(keys, kept, reader.dtype), *further) if rules.keys_weigh else further
             weigh(raw, seen, weighed, reader, (peak, total, sums), rules)
 
     @pl.when(j == steps - 1)
@@ -225,13 +233,13 @@ def _kernel(
         _answer(out, [each[...] / whole for each in sums], rules)
 
 
-def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) -> Array:
+def _scores(inputs: dict[str, Any], reader: Reader, kept: list[Any], ahead: Any, rules: Rules) -> Array:
     """q . key of every query row and token, [M, block], with its bias. ``ahead``: of the block, of the first query."""
     keys, angles = inputs["held"][0], inputs.get("angles")
     period = LANES if angles is None else angles.cos.shape[1]
     raw = over_columns(
         keys.width,
-        lambda columns, sum_: sum_ + _part(inputs, reader, columns),
+        lambda columns, sum_: sum_ + _part(inputs, reader, kept, columns),
         jnp.zeros((inputs["q"].shape[0], keys.tokens), jnp.float32),
         period,
     )
@@ -247,12 +255,14 @@ def _scores(inputs: dict[str, Any], reader: Reader, ahead: Any, rules: Rules) ->
     return raw + inputs["bias"][...] if "bias" in inputs else raw
 
 
-def _part(inputs: dict[str, Any], reader: Reader, columns: Any) -> Array:
+def _part(inputs: dict[str, Any], reader: Reader, kept: list[Any], columns: Any) -> Array:
     """What some columns add to the scores, [M, block].
 
-    Under RoPE the rows' places within the block turn the rows, and its start turns the queries back.
+    Under RoPE the rows' places within the block turn them, and its start turns the queries back.
     """
     q, keys = inputs["q"][:, columns], reader.load(inputs["held"][0], columns)
+    for ref, (_, operand) in zip(kept, keys.parts, strict=bool(kept)):
+        ref[:, columns] = operand
     bias = inputs["key_bias"][:, columns] if "key_bias" in inputs else None
     if "angles" not in inputs and bias is None:
         return keys.total(lambda part: dot(q, part, 1))

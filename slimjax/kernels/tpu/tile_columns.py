@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from slimjax.attention.softmax import exponential_of
 from slimjax.cache.codecs.flashq import LIMIT
 from slimjax.kernels.tpu.online import LANES
+from slimjax.kernels.tpu.tiled_rows import unpacked
 from slimjax.numerics import MASK
 
 HALF = 128  # q * step = HALF * high + low, both INT8
@@ -40,6 +41,11 @@ class Block:
     there: Bool[Array, "m 1"]
 
 
+def parts_of(bits: int) -> int:
+    """Parts that a tile's codes are unpacked to. Those of 3 bits, two planes of other parts, are put in order."""
+    return {2: 4, 4: 2}.get(bits, 1)
+
+
 def block_of(
     bits: int, count: int, start: Any, length: Any, first: Any, limits: list[Any], fixed: Any
 ) -> Block:
@@ -49,7 +55,7 @@ def block_of(
     sees.
     """
     tile, rules = fixed.tile, fixed.rules
-    within = tile * bits // 8  # tokens of a tile in one part
+    within = tile // parts_of(bits)  # tokens of a tile in one part
     column = jax.lax.broadcasted_iota(jnp.int32, (count, count * tile), 1)
     row = jax.lax.broadcasted_iota(jnp.int32, (count, count * tile), 0)
     part, rest = _divide(column, count * within)
@@ -156,7 +162,8 @@ class _Columns:
     """Columns of a block of tiles: codes, part by part, and what they are scaled and shifted by."""
 
     def __init__(self, stream: Any, columns: Any, bits: int, dtype: str) -> None:
-        self.parts = [each.astype(jnp.int8) for each in _unpacked(stream.packed[:, columns], bits)]
+        count = stream.scale.shape[0]
+        self.parts = [each.astype(jnp.int8) for each in _unpacked(stream.packed[:, columns], bits, count)]
         if dtype != "int8":
             self.parts = [each.astype(jnp.float32).astype(dtype) for each in self.parts]
         self.dtype = dtype
@@ -173,9 +180,11 @@ class _Columns:
         return jax.lax.dot_general(whole, self.parts[part], dims, preferred_element_type=sums)
 
 
-def _unpacked(packed: Array, bits: int) -> list[Array]:
+def _unpacked(packed: Array, bits: int, count: int) -> list[Array]:
     if bits == 8:
         return [packed]
+    if bits == 3:
+        return [unpacked(packed, bits, count).reshape(-1, packed.shape[1])]
     mask = jnp.int32(int.from_bytes(bytes([2**bits - 1] * 4)))
     words = pltpu.bitcast(packed, jnp.int32)
     return [pltpu.bitcast((words >> shift) & mask, jnp.uint8) for shift in range(0, 8, bits)]
@@ -222,7 +231,7 @@ def _biased(met: Array, section: Any, work: Work, block: Block, fixed: Any) -> F
     if section.slopes is not None:
         far = jnp.abs(_of_all(block.ahead, work)).astype(jnp.float32)
         score = score - _across(rows(section.slopes), far) * far
-    return score
+    return score if section.bias is None else score + rows(section.bias)
 
 
 @dataclasses.dataclass(frozen=True)
