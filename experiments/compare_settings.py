@@ -66,7 +66,7 @@ class CompareConfig(Config):
     # cache as prefill writes them. A task's rows, and their prompts, have lengths of their own.
     length: Count = 1024
     prompt: Whole = 512
-    calibration: Count = 16384  # further tokens, fewer of a short text, on which maps and heads are chosen
+    calibration: Count = 8192  # further tokens, fewer of a short text, on which maps and heads are chosen
     context: Count = 4096  # tokens of the cache whose bytes are reported
 
     def validate(self) -> None:
