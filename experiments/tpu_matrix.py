@@ -6,6 +6,7 @@ that aborts its compiler is a row as well. A run that is stopped goes on where i
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,9 @@ from typing import TextIO
 
 from experiments.directory import source_hash, write_text
 from experiments.tpu_row import Row, measure
+from slimjax.attention.bases import basis
 from slimjax.kernels import tpu_aot
+from slimjax.kernels.shapes import SHAPES
 from slimjax.kernels.tpu.generations import GENERATIONS, MIB
 from slimjax.kernels.tpu_cases import Case, cases
 from slimjax.records import append_line, read_lines
@@ -22,6 +25,7 @@ from slimjax.scheme import suggest
 
 RECORDS = Path(__file__).parent / "records" / "tpu_matrix.jsonl"
 BAD = ("failed", "aborted")
+PLAIN = "kv:bf16"  # what others are compared with
 
 
 # Running -----------------------------------------------------------------------------------------------------
@@ -125,6 +129,36 @@ def cycles_table(rows: Sequence[Row]) -> str:
     return _grid(found, _pace) if found else ""
 
 
+def expected_table(rows: Sequence[Row]) -> str:
+    """What decoding on a TPU is to show if these schedules hold, in Markdown.
+
+    The longer of the schedule's time and the bytes' time for a cached token: the GB/s of a chip's HBM that it takes,
+    and how many times faster it is than keys and values in bfloat16 of the same shape.
+    """
+    found = [row for row in rows if row.get("cycles") and row["step_bytes"] and row["tiles"]]
+    plain = {(row["shape"], row["generation"]): row for row in found if row["kernel"] == PLAIN}
+
+    def cell(row: Row) -> str:
+        here = GENERATIONS[row["generation"]]
+        rate = here.cores * row["step_bytes"] / (_step_cycles(row) / here.clock)
+        beside = plain.get((row["shape"], row["generation"]))
+        faster = "" if beside is None else f", {_token_cycles(beside) / _token_cycles(row):.2f}×"
+        return f"{rate / 1e9:,.0f}{faster}"
+
+    return _grid(found, cell) if found else ""
+
+
+def _step_cycles(row: Row) -> float:
+    return max(row["cycles"], GENERATIONS[row["generation"]].hbm_cycles(row["step_bytes"]))
+
+
+def _token_cycles(row: Row) -> float:
+    """Of a cached token: as many values as the scheme caches of it."""
+    spec = SHAPES[row["shape"]].spec(row["kernel"].split()[0], "bfloat16")
+    values = sum(math.prod(each) for each in basis(spec).streams(spec).values())
+    return _step_cycles(row) / row["tiles"] * values / 128**2
+
+
 def _grid(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
     shown = [name for name in GENERATIONS if any(row["generation"] == name for row in rows)]
     lines = [f"| kernel | shape | {' | '.join(shown)} |", "|---" * (2 + len(shown)) + "|"]
@@ -178,8 +212,8 @@ def versions_line(rows: Sequence[Row]) -> str:
 
 
 def rendered(path: Path, name: str) -> str:
-    """A table of the committed rows, `matrix` or `cycles`, and what made them. Raises ValueError for another name."""
-    rows, made = read_lines(path), {"matrix": table, "cycles": cycles_table}
+    """A table of the committed rows, and what made them: `matrix`, `cycles` or `expected`, else ValueError."""
+    rows, made = read_lines(path), {"matrix": table, "cycles": cycles_table, "expected": expected_table}
     if not rows:
         raise ValueError(f"{path}: no rows")
     if name not in made:

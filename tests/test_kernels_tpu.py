@@ -12,13 +12,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import oracle
-from slimjax import DecodeSpec, DecodeWeights, Position, decode, parse_scheme
+from slimjax import DecodeSpec, DecodeWeights, Position, Projections, decode, parse_scheme
 from slimjax.attention.bases import basis
+from slimjax.attention.layer import attend_cached, init_cache
 from slimjax.cache import append, codec_of, empty, read
-from slimjax.kernels import pallas_tpu, reference
+from slimjax.kernels import api, pallas_tpu, reference
 from slimjax.kernels.shapes import SHAPES
 from slimjax.kernels.tiles import Memory, Tiles, choose
+from slimjax.kernels.tpu.generations import GENERATIONS
 from slimjax.numerics import relative_l2
+from slimjax.solve import convert
 
 BLOCK, CAPACITY = 32, 72
 LENGTHS = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CAPACITY)  # one ragged batch
@@ -29,7 +32,10 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 TINY = (4, 4, 16, 64)  # N, K, H, D
 GQA = (4, 2, 16, 64)
 ODD = (3, 3, 24, 72)
-HOSTILE = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+# Two cores, which share the parallel axes of a grid out: races are between them.
+HOSTILE = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +282,28 @@ def test_the_public_call_takes_it_by_name_and_an_overfull_cache_is_nan():
     assert np.isnan(out[1]).all()
 
 
+def test_on_a_tpu_a_layer_takes_it_unless_it_refuses(monkeypatch):
+    taken = []
+
+    def kernel(*args):
+        out = pallas_tpu.decode(*args, interpret=True)
+        taken.append(args[3].scheme)
+        return out
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_tpu", kernel)
+    draw = np.random.default_rng(0)
+    wq, wk, wv = (jnp.asarray(draw.standard_normal((64, 4, 16)) / 8, jnp.float32) for _ in range(3))
+    projections = Projections(wq=wq, wk=wk, wv=wv, wo=jnp.swapaxes(wq, 0, 2).reshape(4, 16, 64))
+    for scheme, served in (("k2:bf16", True), ("kv:kivi4", False)):
+        spec = DecodeSpec(scheme=parse_scheme(scheme), heads=4, kv_heads=4, head_dim=16, width=64)
+        layer, cache = convert(projections, spec).layer, init_cache(spec, batch=1, capacity=64)
+        out, _ = attend_cached(jnp.ones((1, 1, 64)), layer, cache)
+        assert np.isfinite(np.asarray(out)).all()
+        assert bool(taken) == served
+        taken.clear()
+
+
 REFUSED = [
     (Case("k1:bf16"), "option 1 rebuilds rows"),
     (Case("kr:bf16", position="rope"), "basis kr has no kernel"),
@@ -303,6 +331,8 @@ def test_tiles_are_those_asked_for_or_as_much_as_fits():
     assert choose(100, memory).block == 112  # whole sublanes
     assert choose(4096, memory, vmem=4 * (1000 + 100 * 300) // 3) == Tiles(block=256, vmem=41333)
     assert choose(4096, memory, tiles=Tiles(block=64, splits=2)) == Tiles(block=64, splits=2)
+    assert choose(4096, memory, splits=2) == Tiles(block=1024, splits=2)
+    assert choose(100, memory, splits=2).splits == 1
     with pytest.raises(NotImplementedError, match="128 tokens take 13,800 bytes"):
         choose(4096, memory, vmem=2000)
     with pytest.raises(NotImplementedError, match=r"64 tokens take 7,400 bytes .*, more than 1,500"):
@@ -310,6 +340,18 @@ def test_tiles_are_those_asked_for_or_as_much_as_fits():
     for wrong in ({"block": 8}, {"block": 40}, {"block": 32, "splits": 0}):
         with pytest.raises(ValueError, match=r"tile has|one part"):
             Tiles(**wrong)
+
+
+def test_one_sequence_is_cut_for_the_cores_of_a_device():
+    *_, weights, spec = made(Case("kv:bf16", lengths=(1,)))
+
+    def parts(name, batch):
+        cache = empty(basis(spec).streams(spec), codec_of(spec.scheme), batch=batch, capacity=4096)
+        q = jnp.zeros((batch, 1, spec.heads, spec.head_dim))
+        return pallas_tpu.tiles_of(q, cache, weights, spec, GENERATIONS[name]).splits
+
+    for name, one in (("v4", 2), ("v5p", 2), ("v5e", 1), ("v7x", 1)):
+        assert (parts(name, 1), parts(name, 2)) == (one, 1), name
 
 
 def test_a_planted_race_is_seen():
@@ -325,7 +367,7 @@ def test_a_planted_race_is_seen():
         out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
         out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-        interpret=dataclasses.replace(HOSTILE, num_cores_or_threads=2),
+        interpret=HOSTILE,
     )
     said = ""
     try:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import suites
-from jax.experimental.pallas import tpu as pltpu
+import test_kernels_tpu as rows_suite
 
 import oracle
 from slimjax import DecodeSpec, Position, parse_scheme
@@ -112,10 +112,9 @@ def test_bfloat16_products_have_the_same_sums():
 def test_hostile_memory_and_races_change_nothing():
     spec = dataclasses.replace(CASES[2], head_dim=128)
     given = made(spec, 140, (140, 70))
-    hostile = pltpu.InterpretParams(
-        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-    )
-    found = run(spec, given, interpret=hostile)
+    found = run(spec, given, interpret=rows_suite.HOSTILE)
+    assert not rows_suite.races_found()
+    np.testing.assert_array_equal(found, run(spec, given, interpret=rows_suite.HOSTILE))
     wanted = np.asarray(expected(*given, spec))
     assert relative_l2(found[0], wanted[0]) < SAME
     assert relative_l2(found[1, :70], wanted[1, :70]) < SAME

@@ -182,7 +182,23 @@ def test_the_tables():
         "| k | small | **78+** / 60 |",
     ]
     assert tpu_matrix.cycles_table(rows[1:2]) == ""
+    assert tpu_matrix.expected_table(rows[1:2]) == ""
     assert tpu_matrix.versions_line(rows) == "Compiled without a TPU: 2026-11-22, jax 1.2, libtpu 0.3."
+
+
+def test_what_a_tpu_is_to_show():
+    """The longer of schedule and transfer, a token: k caches half the values of kv."""
+
+    def made(kernel, cycles):
+        fields = {"tiles": 64.0, "step_bytes": 64 * TILE_BYTES, "loops": [], "trips": 1}
+        return row(kernel, "llama-2-7b", "v5e", cycles=cycles, **fields)
+
+    rows = [made("kv:bf16", 640), made("k2:bf16", 640), made("k2:int16 T4", 2 * 64 * 59.94)]
+    assert tpu_matrix.expected_table(rows).splitlines()[2:] == [
+        "| kv:bf16 | llama-2-7b | 820, 1.00× |",
+        "| k2:bf16 | llama-2-7b | 820, 2.00× |",
+        "| k2:int16 T4 | llama-2-7b | 410, 1.00× |",
+    ]
 
 
 @pytest.fixture

@@ -13,13 +13,10 @@ from slimjax.attention.positions import Position
 from slimjax.attention.projections import DecodeWeights
 from slimjax.cache import Cache, codec_of, empty
 from slimjax.kernels import pallas_gpu
-from slimjax.kernels.shapes import SHAPES, Shape
+from slimjax.kernels.shapes import SHAPES
 from slimjax.kernels.spec import DecodeSpec
 
 BATCH, CAPACITY = 16, 8192
-GROUPED: dict[str, Shape] = {  # as models have them that read a key head with several query heads
-    "llama-3-8b": dataclasses.replace(SHAPES["llama-2-7b"], kv_heads=8),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +34,7 @@ class Case:
     @property
     def spec(self) -> DecodeSpec:
         """Of bfloat16."""
-        shape = (SHAPES | GROUPED)[self.shape]
-        return dataclasses.replace(shape.spec(self.scheme, "bfloat16"), **dict(self.options))
+        return dataclasses.replace(SHAPES[self.shape].spec(self.scheme, "bfloat16"), **dict(self.options))
 
 
 PLAIN = ("position", Position())  # keys alone are served without RoPE
@@ -53,6 +49,11 @@ CASES = (
     Case(scheme="kv:bf16", shape="whisper-large-self", tokens=4),
     Case(scheme="kv:bf16", shape="whisper-large-cross"),
     Case(scheme="kv:bf16", shape="t5-11b-cross"),
+    Case(scheme="kv:flashq4", shape="llama-2-7b"),
+    Case(scheme="kv:flashq4@sas", shape="llama-3-8b", tokens=2),
+    Case(scheme="kv:flashq2", shape="llama-2-7b"),
+    Case(scheme="kv:flashq8", shape="smollm2-1.7b", tokens=8),
+    Case(scheme="kv:flashq2-4@sas", shape="smollm2-1.7b"),
     Case(scheme="k2:bf16", shape="llama-2-7b", options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="phi-3-mini", options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=2, options=(PLAIN,)),

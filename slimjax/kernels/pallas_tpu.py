@@ -11,11 +11,12 @@ from slimjax.attention.bases import basis
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache, Codec, TiledCodec, codec_of
+from slimjax.kernels import flashq
+from slimjax.kernels.buffer import attend_buffer
 from slimjax.kernels.combine import combine
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.kernels.tiles import VMEM, Tiles, choose
+from slimjax.kernels.tiles import VMEM, Memory, Tiles, choose
 from slimjax.kernels.tpu import flashq_decode
-from slimjax.kernels.tpu.buffer import attend_buffer
 from slimjax.kernels.tpu.generations import Generation, running
 from slimjax.kernels.tpu.online import LANES
 from slimjax.kernels.tpu.operands import angles, operands
@@ -48,7 +49,7 @@ def decode(
     """
     if interpret is None:
         interpret = jax.default_backend() != "tpu"
-    way = _decode_tiles if flashq_decode.serves(spec) else _decode_rows
+    way = _decode_tiles if flashq.serves(spec) else _decode_rows
     out = way(q, cache, weights, spec, start, tiles, generation or running(), interpret)
     return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
 
@@ -63,11 +64,9 @@ def _decode_rows(
     generation: Generation | None,
     interpret: Any,
 ) -> Queries:
-    given, rules = operands(q, cache, weights, spec, start)
+    given, rules = operands(q, cache, weights, spec, start, int8=_int8(generation))
     codec = codec_of(spec.scheme)
-    chosen = choose(
-        cache.capacity, memory(given, rules), tiles=tiles, vmem=_vmem(generation), unit=_unit(codec)
-    )
+    chosen = _row_tiles(memory(given, rules), cache, codec, tiles, generation)
     if given.turned is not None:
         blocks = math.ceil(cache.capacity / chosen.block)
         given = dataclasses.replace(given, angles=angles(spec, chosen.block, blocks))
@@ -97,7 +96,7 @@ def _decode_tiles(
     interpret: Any,
 ) -> Queries:
     chosen = _flashq_tiles(q, cache, spec, tiles, generation)
-    int8 = generation is None or generation.int8
+    int8 = _int8(generation)
     return flashq_decode.decode_tiles(q, cache, weights, spec, start, chosen, int8=int8, interpret=interpret)
 
 
@@ -117,14 +116,14 @@ def tiles_of(
     Raises NotImplementedError as ``decode`` does.
     """
 
-    if flashq_decode.serves(spec):
+    if flashq.serves(spec):
         return _flashq_tiles(q, cache, spec, None, generation or running())
 
     def look(q: Queries, cache: Cache, weights: DecodeWeights) -> None:
         nonlocal found
-        used = memory(*operands(q, cache, weights, spec, cache.length))
-        unit = _unit(codec_of(spec.scheme))
-        found = choose(cache.capacity, used, vmem=_vmem(generation or running()), unit=unit)
+        here = generation or running()
+        used = memory(*operands(q, cache, weights, spec, cache.length, int8=_int8(here)))
+        found = _row_tiles(used, cache, codec_of(spec.scheme), None, here)
 
     found: Tiles | None = None
     jax.eval_shape(look, q, cache, weights)
@@ -132,9 +131,21 @@ def tiles_of(
     return found
 
 
+def _row_tiles(
+    used: Memory, cache: Cache, codec: Codec, tiles: Tiles | None, generation: Generation | None
+) -> Tiles:
+    splits = 1 if generation is None else generation.parts(cache.batch)
+    return choose(cache.capacity, used, tiles=tiles, vmem=_vmem(generation), unit=_unit(codec), splits=splits)
+
+
 def _unit(codec: Codec) -> int:
     """Tokens that a block is a multiple of."""
     return math.lcm(COUNT * codec.tile, LANES) if isinstance(codec, TiledCodec) else 16
+
+
+def _int8(generation: Generation | None) -> bool:
+    """Whether its units multiply INT8; an interpreted kernel's do."""
+    return generation is None or generation.int8
 
 
 def _vmem(generation: Generation | None) -> int:

@@ -39,6 +39,7 @@ SHAPES: dict[str, Shape] = {
     "small-rope": Shape(heads=8, kv_heads=8, head_dim=64, width=512, position="rope"),
     "small": Shape(heads=8, kv_heads=8, head_dim=64, width=512),
     "llama-2-7b": Shape(heads=32, kv_heads=32, head_dim=128, width=4096, position="rope"),
+    "llama-3-8b": Shape(heads=32, kv_heads=8, head_dim=128, width=4096, position="rope"),
     "phi-3-mini": Shape(heads=32, kv_heads=32, head_dim=96, width=3072, position="rope"),
     "whisper-large-self": Shape(heads=20, kv_heads=20, head_dim=64, width=1280, position="learned"),
     "whisper-large-cross": Shape(

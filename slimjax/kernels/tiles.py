@@ -41,11 +41,18 @@ class Memory:
 
 
 def choose(
-    capacity: int, memory: Memory, *, tiles: Tiles | None = None, vmem: int = VMEM, unit: int = 16
+    capacity: int,
+    memory: Memory,
+    *,
+    tiles: Tiles | None = None,
+    vmem: int = VMEM,
+    unit: int = 16,
+    splits: int = 1,
 ) -> Tiles:
     """The tiles asked for, else the longest of ``BLOCKS`` that fit into ``vmem`` bytes; both cut to the capacity.
 
-    unit: tokens; a tile has a multiple of them, so that of ``BLOCKS`` others are left out, or ``unit`` itself.
+    splits: parts, unless tiles are asked for, or there are fewer blocks. unit: tokens; a tile has a multiple of them,
+    so that of ``BLOCKS`` others are left out, or ``unit`` itself.
 
     Raises:
         NotImplementedError: not even the shortest fits, or those asked for do not, or are no multiple of ``unit``.
@@ -60,7 +67,9 @@ def choose(
     blocks = [min(block, whole) for block in asked if block % unit == 0] or [unit]
     for block in blocks:
         if memory.of(block) <= SHARE * vmem:
-            return Tiles(block=block, vmem=vmem) if tiles is None else dataclasses.replace(tiles, block=block)
+            if tiles is not None:
+                return dataclasses.replace(tiles, block=block)
+            return Tiles(block=block, vmem=vmem, splits=min(splits, math.ceil(capacity / block)))
     raise NotImplementedError(
         f"{blocks[-1]} tokens take {memory.of(blocks[-1]):,} bytes of VMEM with their queries and sums, "
         f"more than {int(SHARE * vmem):,}"

@@ -77,6 +77,18 @@ TILED, TILED_TOO = (
     ("kv:flashq2", "kv:flashq8", "kv:flashq2-4@sas"),
 )  # these take minutes to compile
 TILED_KEYS = ("k2:flashq4",)
+# What no row above has: grouped heads, heads of 96, keys without RoPE, fp8, latent rows in int16, four query tokens.
+FURTHER = (
+    ("kv:bf16", "llama-3-8b", 1),
+    ("kv:bf16", "phi-3-mini", 1),
+    ("k2:bf16", "phi-3-mini", 1),
+    ("k2:bf16", "whisper-large-self", 1),
+    ("k2:int16+16", "whisper-large-self", 1),
+    ("kv:fp8", "smollm2-1.7b", 1),
+    ("e2:int16", "whisper-large-cross", 1),
+    ("kv:bf16", "smollm2-1.7b", 4),
+    ("k2:bf16", "smollm2-1.7b", 4),
+)
 PROMPTS = ("kv:flashq4", "kv:flashq4@sas", "kv:flashq4/128")
 APPENDED = ("kv:bf16", "k2:int16+16", "kv:flashq4")
 IN_CI = 1  # shapes of each
@@ -214,6 +226,14 @@ def cases() -> tuple[Case, ...]:
         for scheme in schemes
         for place, shape in enumerate(shapes)
     ]
+    further = [
+        Case(
+            kernel=scheme if tokens == 1 else f"{scheme} T{tokens}",
+            shape=shape,
+            build=functools.partial(build_rows, scheme=scheme, shape=shape, tokens=tokens),
+        )
+        for scheme, shape, tokens in FURTHER
+    ]
     writing = [
         Case(kernel=f"append {scheme}", shape=shape, build=_build(build_append, scheme, shape), ci=True)
         for scheme in APPENDED
@@ -228,7 +248,7 @@ def cases() -> tuple[Case, ...]:
         )
         for place, scheme in enumerate(PROMPTS)
     ]
-    return (*reading, *writing, *prompts)
+    return (*reading, *further, *writing, *prompts)
 
 
 def _build(build: Callable[..., Program], scheme: str, shape: str) -> Callable[[str], Program]:

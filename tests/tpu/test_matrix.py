@@ -19,6 +19,8 @@ pytestmark = pytest.mark.skipif(
 BOUND_BY_MEMORY = [
     *(("kv:bf16", "smollm2-1.7b", name) for name in ("v4", "v5e", "v5p", "v6e")),
     ("k2:bf16", "smollm2-1.7b", "v5e"),
+    *(("k2:bf16", "whisper-large-self", name) for name in ("v5e", "v5p", "v6e")),
+    ("k2:int16+16", "whisper-large-self", "v5e"),
     ("kv:flashq4", "llama-2-7b", "v5e"),
     *(("e2:bf16", "whisper-large-cross", name) for name in ("v5e", "v5p", "v6e")),
 ]

@@ -33,7 +33,8 @@ from jaxtyping import Array, Float, Int32
 from slimjax.attention.integer import Integer
 from slimjax.kernels.tiles import Tiles
 from slimjax.kernels.tpu.online import LANES, Rules, locate
-from slimjax.kernels.tpu.tile_columns import Block, Work, block_of, take
+from slimjax.kernels.tpu.tile_columns import take
+from slimjax.kernels.tpu.tile_rows import Block, Work, block_of
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree, static
 

@@ -8,22 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from slimjax.attention.compute import compute_of, compute_text
-from slimjax.attention.integer import Asked, Integer, State, answer, ask
-from slimjax.attention.integer_tiles import buffer_tiles
-from slimjax.attention.positions import alibi_slopes, bias, rotate
+from slimjax.attention.integer import Asked, State
+from slimjax.attention.positions import alibi_slopes, bias
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.cache.codecs.flashq import FlashQ, FlashQTiles
-from slimjax.cache.codecs.mixed import MixedTiles, Pair
+from slimjax.kernels import flashq
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import SHARE, Tiles
 from slimjax.kernels.tpu import tiled_rows
-from slimjax.kernels.tpu.buffer import buffer_geometry, tokens_in_tiles
 from slimjax.kernels.tpu.flashq import Section, Static, Stream, at_once, attend_tiles, together
 from slimjax.kernels.tpu.online import LANES, Rules
-from slimjax.kernels.tpu.tile_columns import parts_of
+from slimjax.kernels.tpu.tile_rows import parts_of
 from slimjax.pytree import pytree
 
 COUNTS = (
@@ -33,28 +30,12 @@ COUNTS = (
 )  # tiles of a block: fewer have fewer rows to drop, and parts of theirs have to fill lanes
 
 
-def serves(spec: DecodeSpec) -> bool:
-    """Whether a spec is of this kind, refused or not."""
-    return _widths(codec_of(spec.scheme)) is not None and spec.scheme.basis == "kv"
-
-
-def _widths(codec: object) -> tuple[FlashQ, ...] | None:
-    """The widths of a FlashQ codec, or None of another."""
-    parts = (codec.few, codec.many) if isinstance(codec, MixedTiles) else (codec,)
-    found = tuple(part for part in parts if isinstance(part, FlashQ))
-    return found if len(found) == len(parts) else None
-
-
 def refusal(spec: DecodeSpec) -> str | None:
-    """Why the kernel cannot serve a spec that ``serves``, or None."""
-    widths = _widths(codec_of(spec.scheme)) or ()
-    if reason := next((tiled_rows.refusal(part) for part in widths if part.bits == 3), None):
+    """Why the kernel cannot serve a spec that ``flashq.serves``, or None."""
+    parts = flashq.widths(codec_of(spec.scheme)) or ()
+    if reason := next((tiled_rows.refusal(part) for part in parts if part.bits == 3), None):
         return reason
-    if (mode := compute_of(spec)) and not isinstance(mode, Integer):
-        return f"compute mode {compute_text(spec.scheme)} of FlashQ's tiles has no kernel; it has int8"
-    if reason := compute_of(spec).refusal(spec):
-        return reason
-    return None
+    return flashq.refusal(spec)
 
 
 def decode_tiles(
@@ -69,33 +50,20 @@ def decode_tiles(
     interpret: Any,
 ) -> Queries:
     """As ``slimjax.decode``; ``int8``: products of INT8, else of bfloat16, which have the same sums."""
-    codec, integer = codec_of(spec.scheme), compute_of(spec)
-    assert isinstance(codec, TiledCodec)
-    assert isinstance(integer, Integer)  # others are refused
-    tokens = q.shape[1]
-    positions = start[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
-    asked = ask(rotate(q.astype(spec.dtype), positions, spec.position), spec, 1)
-    limit = tokens_in_tiles(cache, codec, positions)
-    if spec.causal:  # queries behind a sequence are padding
-        limit = jnp.where(positions < cache.length[:, None], limit, 0)
+    of, tokens = flashq.question(q, cache, spec, start), q.shape[1]
     fixed = Static(
         rules=_rules(spec, tokens),
-        integer=integer,
+        integer=of.integer,
         softmax=spec.scheme.softmax,
-        tile=codec.tile,
+        tile=of.codec.tile,
         dtype="int8" if int8 else "bfloat16",
     )
-    sections = _sections(asked, cache, codec, spec, _bias(cache, weights, positions, spec), tiles)
+    added = _bias(cache, weights, of.positions, spec)
+    sections = _sections(of.asked, cache, of.codec, spec, added, tiles)
     states = attend_tiles(
-        jnp.max(limit, axis=1), start, limit.reshape(-1), sections, fixed, tiles, interpret=interpret
+        jnp.max(of.limit, axis=1), start, of.limit.reshape(-1), sections, fixed, tiles, interpret=interpret
     )
-    state = _state(states, sections, asked)
-    first, mine, buffer = buffer_tiles(cache, codec, positions)
-    where = buffer_geometry(first, mine[:, 0], positions, cache, weights, spec)
-    where = where.without_padding(cache.length - first, spec)
-    for index, tile in enumerate(buffer):
-        state = integer.take(state, asked, (tile,), where, spec, index * codec.tile, codec.tile)
-    return answer(state, tokens, spec)
+    return flashq.finish(_state(states, sections, of.asked), of, cache, weights, spec)
 
 
 def tiles_for(spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None, vmem: int) -> Tiles:
@@ -103,7 +71,7 @@ def tiles_for(spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None,
     ``kernels.tiles.choose`` does, and where tiles asked for are not whole FlashQ tiles, 8 or a multiple.
     """
     codec = codec_of(spec.scheme)
-    widths = _widths(codec)
+    widths = flashq.widths(codec)
     assert widths is not None
     size = widths[0].tile
     if tiles is None:
@@ -182,10 +150,6 @@ def _sections(
     tiles: Tiles,
 ) -> tuple[Section, ...]:
     """Heads of each width, with what they read."""
-    held = {
-        name: jax.tree.unflatten(each.tiles.structure, each.tiles.leaves)
-        for name, each in cache.streams.items()
-    }
     batch, kv_heads, group, tokens, _, size = asked.codes.shape
     queries = group * tokens
     codes = asked.codes.reshape(batch, kv_heads, queries, size).astype(jnp.float32)
@@ -195,7 +159,7 @@ def _sections(
         each = np.repeat(alibi_slopes(spec.heads), tokens).reshape(1, kv_heads, queries)
         slopes = jnp.asarray(each, jnp.float32)
     found, first = [], 0
-    for part in _parts(held, codec):
+    for part in flashq.by_width(cache, codec):
         heads = part["k"].scale.shape[2]
         mine = slice(first, first + heads)
         lanes = heads // together(heads, size)
@@ -218,17 +182,6 @@ def _sections(
     return tuple(found)
 
 
-def _parts(held: dict[str, Any], codec: TiledCodec) -> list[dict[str, FlashQTiles]]:
-    """Keys and values of the heads with fewer bits, and of the others."""
-    if not isinstance(codec, MixedTiles):
-        return [held]
-    parts: list[dict[str, Any]] = [
-        {name: getattr(pair, width) for name, pair in held.items() if isinstance(pair, Pair)}
-        for width in ("few", "many")
-    ]
-    return [part for part in parts if part["k"] is not None]
-
-
 def _stream(tiles: FlashQTiles) -> Stream:
     return Stream(packed=tiles.packed, step=tiles.step, low=tiles.low, scale=tiles.scale)
 
@@ -248,7 +201,7 @@ class _Part:
 
 
 def _state(states: list[tuple[Array, Array, Array]], sections: tuple[Section, ...], asked: Asked) -> State:
-    """Of all heads and parts; a part counts by how far its peak lies below the highest."""
+    """Of all heads and parts."""
 
     def part(state: tuple[Array, Array, Array], section: Section) -> _Part:
         peak, total, out = state
@@ -262,11 +215,4 @@ def _state(states: list[tuple[Array, Array, Array]], sections: tuple[Section, ..
 
     parts = [part(*each) for each in zip(states, sections, strict=True)]
     whole = jax.tree.map(lambda *each: jnp.concatenate(each, axis=2), *parts)
-    peak = jnp.max(whole.peak, axis=0)
-    share = jnp.exp(whole.peak - peak[None])
-    shape = asked.codes.shape[:-1]
-    return State(
-        peak=peak.reshape(*shape, 1),
-        total=jnp.sum(whole.total * share, axis=0).reshape(*shape, 1),
-        out=jnp.sum(whole.out * share, axis=0).reshape(asked.codes.shape),
-    )
+    return flashq.merged(whole.peak, whole.total, whole.out, asked)

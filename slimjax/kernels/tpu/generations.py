@@ -20,6 +20,7 @@ class Generation:
         vmem: bytes a core.
         scoped: bytes of it that a kernel may take that asks for no other limit.
         int8: whether its matrix unit multiplies INT8.
+        joined: whether its cores are one device to jax, which shares a parallel grid out to them.
     """
 
     topology: str
@@ -30,6 +31,11 @@ class Generation:
     vmem: int
     scoped: int
     int8: bool
+    joined: bool = False
+
+    def parts(self, batch: int) -> int:
+        """Parts of so many sequences that leave no core of a device without work."""
+        return self.cores if self.joined and batch < self.cores else 1
 
     @property
     def room(self) -> int:
@@ -51,6 +57,7 @@ GENERATIONS = {
         vmem=16 * MIB,
         scoped=16 * MIB,
         int8=False,
+        joined=True,
     ),
     "v5e": Generation(
         topology="v5e:2x2",
@@ -71,6 +78,7 @@ GENERATIONS = {
         vmem=64 * MIB,
         scoped=16 * MIB,
         int8=True,
+        joined=True,
     ),
     "v6e": Generation(
         topology="v6e:2x2",

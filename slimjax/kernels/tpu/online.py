@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
+from slimjax.kernels.tpu import planes
 from slimjax.kernels.tpu.tiled_rows import Tiled
 from slimjax.numerics import MASK
 from slimjax.pytree import pytree, static
@@ -47,7 +49,7 @@ class Held:
 
     def operands(self, dtype: Any) -> tuple[float, ...]:
         """Factors of the operands that codes are made into, where that is more than a cast; see ``Reader.load``."""
-        return HALVES if self.codes.dtype == jnp.int16 and dtype == jnp.bfloat16 else ()
+        return HALVES if self.codes.dtype == jnp.int16 and dtype in (jnp.bfloat16, jnp.int8) else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,23 +133,29 @@ class Kept:
     scale: Any
     tokens_last: bool = False
 
+    @property
+    def in_planes(self) -> bool:
+        """Whether they are INT8, for digits."""
+        return self.parts[0][1].dtype == jnp.int8
+
 
 Rows = Held | Tiled | Kept
 
 
-def keep(keys: Held | Tiled, refs: Sequence[Any], dtype: Any) -> Rows:
+def keep(keys: Held | Tiled, refs: Sequence[Any]) -> Rows:
     """The keys as kept in ``refs``, or as they are where nothing was kept."""
     if not refs:
         return keys
-    return Kept(parts=tuple(zip(keys.operands(dtype), refs, strict=True)), scale=keys.scale)
+    return Kept(parts=tuple(zip(keys.operands(refs[0].dtype), refs, strict=True)), scale=keys.scale)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Brings blocks into the dtype of products. What lies behind ``left`` tokens of a block is zero."""
+    """Brings blocks into the dtype of products. What lies behind ``left`` tokens of a block is zero, but in planes."""
 
     dtype: Any
     left: Any  # None: the block is full
+    in_planes: bool = False  # of INT8, see ``planes``
 
     def load(self, each: Rows, columns: Any) -> Loaded:
         """int16 codes under bfloat16 products as 256 high + low, with each in a byte, which bfloat16 holds exactly."""
@@ -157,6 +165,9 @@ class Reader:
             rows = each.rows(columns, self.left)
             return Loaded(((1.0, rows.astype(self.dtype)),), unrounded=rows)
         codes = each.codes[columns, :] if each.tokens_last else each.codes[:, columns]
+        if self.in_planes:  # whatever is behind the length is a number
+            parts = tuple(zip(HALVES, planes.planes(codes), strict=True))
+            return Loaded(parts, unrounded=codes.astype(jnp.int32).astype(jnp.float32))
         if self.left is not None:  # anything may be there, NaN included, and 0 * NaN is NaN
             wide = jnp.int32 if jnp.issubdtype(codes.dtype, jnp.integer) else jnp.float32
             tokens = jax.lax.broadcasted_iota(jnp.int32, codes.shape, 1 if each.tokens_last else 0)
@@ -182,6 +193,13 @@ class Reader:
         return jnp.where(inside, scale, jnp.zeros_like(scale))
 
 
+def readers(dtype: Any, kept: Sequence[Any], left: Any) -> tuple[Reader, Reader]:
+    """Of the keys, which planes are kept of where ``kept`` is INT8, and of what is weighed; ``dtype``: of queries."""
+    in_planes = bool(kept) and kept[0].dtype == jnp.int8
+    reader = Reader(jnp.bfloat16 if in_planes else dtype, left)
+    return dataclasses.replace(reader, in_planes=in_planes), reader
+
+
 def locate(
     b: Any, s: Any, j: Any, length: Any, first: Any, *, rules: Rules, block: int, blocks: int, steps: int
 ) -> tuple[Any, Any]:
@@ -194,8 +212,15 @@ def locate(
     return at, jnp.minimum(at, last)
 
 
+def padded(width: int) -> int:
+    """Whole lanes."""
+    return math.ceil(width / LANES) * LANES
+
+
 def dot(a: Array, b: Array, over: int) -> Array:
     """a [M, k] with axis ``over`` of b, summed in float32; float32 operands are not rounded to bfloat16."""
+    if a.dtype == jnp.int8:
+        return planes.multiplied(a, b, over)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
         a, b, (((1,), (over,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -253,16 +278,19 @@ def weigh(
     total[...] = total[...] * shrunk + jnp.sum(p, axis=1, keepdims=True)
     for mixed, each in zip(sums, weighed, strict=True):
         scale = reader.scale(each)
-        weights = (p if scale is None else p * by_row(scale, p.shape[0], rules)).astype(reader.dtype)
+        weights = p if scale is None else p * by_row(scale, p.shape[0], rules)
         _add(mixed, each, weights, shrunk, reader)
 
 
 def _add(mixed: Any, each: Rows, weights: Array, shrunk: Array, reader: Reader) -> None:
     """mixed = mixed * shrunk + weights rows."""
+    parted = planes.digits(weights) if isinstance(each, Kept) and each.in_planes else None
+    operand = weights.astype(reader.dtype) if parted is None else parted.codes
 
     def visit(columns: Any, state: None) -> None:
         over = 1 if each.tokens_last else 0
-        new = reader.load(each, columns).total(lambda part: dot(weights, part, over))
+        new = reader.load(each, columns).total(lambda part: dot(operand, part, over))
+        new = new if parted is None else parted.whole(new)
         mixed[:, columns] = mixed[:, columns] * shrunk + new
 
     over_columns(mixed.shape[1], visit, None)

@@ -18,12 +18,12 @@ from slimjax.cache.codecs.flashq import FlashQ
 from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.cache.codecs.fp8 import Fp8Codec
 from slimjax.cache.codecs.integers import IntegerCodec
+from slimjax.kernels.buffer import tokens_in_tiles
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.kernels.tpu import tiled_rows
-from slimjax.kernels.tpu.buffer import tokens_in_tiles
+from slimjax.kernels.tpu import planes, tiled_rows
 from slimjax.kernels.tpu.online import LANES, Held, Rules
 from slimjax.kernels.tpu.tiled_rows import Tiled
-from slimjax.pytree import pytree
+from slimjax.pytree import pytree, static
 
 HEADED, LATENT = ("kv", "k"), ("x", "e", "h")  # queries meet keys, or rows that stand for them
 
@@ -45,7 +45,8 @@ class Operands:
     Attributes:
         length: tokens of each sequence that some query finds in these rows.
         first: position of each sequence's first query.
-        q: in the dtype of products.
+        q: in the dtype of products, or the two digits of every row, high ones first, that meet planes (``planes``).
+        q_scale, q_offset: of digits, what they are multiplied by, and what is added to their products before.
         turned: under RoPE, -J q, where J is a quarter turn of every pair.
         keys: rows that the queries meet.
         further: rows that are weighed: values, or what is weighed beside the keys themselves.
@@ -54,11 +55,14 @@ class Operands:
         slopes: ALiBi's, of every query row.
         bias: of a trained position scheme, what is added to every score: 4*M bytes more a token.
         limit: of tiles, the tokens that each query row finds in them.
+        in_planes: keys are int16 codes that are weighed as two planes of INT8, and met so unless RoPE turns them.
     """
 
     length: Lengths
     first: Lengths
-    q: Float[Array, "B M W"]
+    q: Num[Array, "B dM W"]
+    q_scale: Float[Array, "B M 1"] | None
+    q_offset: Float[Array, "B M 1"] | None
     turned: Float[Array, "B M W"] | None
     keys: Held | Tiled
     further: tuple[Held | Tiled, ...]
@@ -67,6 +71,18 @@ class Operands:
     slopes: Float[Array, "M 1"] | None
     bias: Float[Array, "B M C"] | None
     limit: Int32[Array, "B M 1"] | None
+
+    in_planes: bool = static(default=False)
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.q.shape[1] // (1 if self.q_scale is None else planes.DIGITS)
+
+    @property
+    def kept(self) -> jnp.dtype:
+        """The dtype of keys that are kept to be weighed."""
+        return jnp.dtype(jnp.int8) if self.in_planes else self.q.dtype
 
 
 def refusal(spec: DecodeSpec) -> str | None:
@@ -110,9 +126,18 @@ def _codec_refusal(codec: object, spec: DecodeSpec, heads: int) -> str | None:
 
 
 def operands(
-    q: Queries, cache: Cache, weights: DecodeWeights, spec: DecodeSpec, first: Lengths
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    first: Lengths,
+    *,
+    int8: bool,
 ) -> tuple[Operands, Rules]:
-    """The arrays of a call and its rules. Raises NotImplementedError with the reason, see ``refusal``."""
+    """The arrays of a call and its rules. Raises NotImplementedError with the reason, see ``refusal``.
+
+    int8: whether there are units that multiply INT8, for planes.
+    """
     if reason := refusal(spec):
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
     _, tokens, heads, _ = q.shape
@@ -144,10 +169,14 @@ def operands(
         window=spec.window,
         causal=spec.causal,
     )
+    in_planes = int8 and rules.keys_weigh and _in_planes(keys, spec)
+    parted = planes.digits(_rows(rows, jnp.float32)) if in_planes and turned is None else None
     return Operands(
         length=length,
         first=first,
-        q=_rows(rows, spec.dtype),
+        q=_rows(rows, spec.dtype) if parted is None else parted.codes,
+        q_scale=None if parted is None else parted.scale,
+        q_offset=None if parted is None else parted.offset,
         turned=turned,
         keys=keys,
         further=tuple(further),
@@ -156,7 +185,14 @@ def operands(
         slopes=_slopes(spec, tokens),
         bias=_bias(weights, positions, cache.capacity, spec),
         limit=limit,
+        in_planes=in_planes,
     ), rules
+
+
+def _in_planes(keys: Held | Tiled, spec: DecodeSpec) -> bool:
+    """Whether keys are int16 codes, to meet numbers no finer than those of 15 bits."""
+    codes = keys.codes.dtype == jnp.int16 if isinstance(keys, Held) else False
+    return codes and not keys.tokens_last and spec.dtype == "bfloat16"
 
 
 def _key_bias(weights: DecodeWeights, keys: Held | Tiled, spec: DecodeSpec) -> Float[Array, "1 W"] | None:

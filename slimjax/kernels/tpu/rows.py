@@ -8,10 +8,9 @@ For every query row m (a head of a query token) and cached row c of W numbers:
   slim attention's option 2 weighs whole rows anyway, and a matrix unit has more rows than a token has heads.
 * RoPE on rows cached unrotated: R(n0 + j) = R(n0) R(j), so one table of angles serves every block, and the queries are
   turned back by the block's start n0. q . R(j) c = (q cos) . c + (q' sin) . c with q' the other of each pair: the
-  tables are multiplied into the rows, twice, and no number of a row changes its lane (moving lanes by half a head
-  takes v5e 63 to 89 cycles a tile in place of 57).
-* int16 codes are 256 * hi + lo with both in a byte: two bfloat16 products, each exact. FlashQ's tiles: ``tiled_rows``.
-  Keys that are weighed, too, are converted once: their operands wait in fast memory.
+  tables are multiplied into the rows, twice: moving lanes by half a head takes longer (v5e 63 to 89 cycles, not 57).
+* int16 codes are two bytes: two exact products, in INT8 of keys that are weighed, too (``planes``), else in bfloat16.
+  FlashQ's tiles: ``tiled_rows``. Such keys are converted once: their operands wait in fast memory.
 
 Bytes per token: those of the rows and their scales. FLOPs per token: 4 M W (6 M W under RoPE), M = N T.
 Grid: (sequence, part, block); blocks past a sequence's length, or before its window, cost no copy.
@@ -41,30 +40,31 @@ from slimjax.kernels.tpu.online import (
     kv_head,
     locate,
     over_columns,
+    padded,
     query_token,
+    readers,
     visible,
     weigh,
 )
 from slimjax.kernels.tpu.operands import Angles, Operands
+from slimjax.kernels.tpu.planes import whole
 from slimjax.kernels.tpu.tiled_rows import Tiled
 from slimjax.numerics import MASK
 
 
 def memory(operands: Operands, rules: Rules) -> Memory:
     """Bytes of VMEM: inputs and outputs twice (one is copied while the other is used), sums once."""
-    rows = operands.q.shape[1]
+    rows = operands.rows
     held = (operands.keys, *operands.further)
     widths = _widths(operands, rules)
-    fixed = 2 * 2 * operands.q[0].nbytes + 2 * rows * 4 * (_padded(sum(_answers(operands, rules))) + LANES)
-    fixed += rows * 4 * (sum(map(_padded, widths)) + 2 * LANES)
-    token = sum(2 * _padded(each.width) * each.stored for each in held)
-    token += len(_kept(operands, rules)) * _padded(operands.keys.width) * operands.q.dtype.itemsize
-    token += (
-        (3 if operands.bias is None else 5) * 4 * rows
-    )  # scores, weights and a copy of either; bias, twice
+    fixed = 2 * 2 * operands.q[0].nbytes + 2 * rows * 4 * (padded(sum(_answers(operands, rules))) + LANES)
+    fixed += rows * 4 * (sum(map(padded, widths)) + 2 * LANES)
+    token = sum(2 * padded(each.width) * each.stored for each in held)
+    token += len(_kept(operands, rules)) * padded(operands.keys.width) * operands.kept.itemsize
+    token += (3 if operands.bias is None else 5) * 4 * rows  # scores, weights, a copy of either; bias, twice
     # What the columns at work are turned into, float32 or pairs of bfloat16 (as the compiler was seen to).
     wide = operands.turned is not None or bool(operands.keys.operands(jnp.bfloat16))
-    token += (24 if wide else 8) * min(_padded(operands.keys.width), COLUMNS)
+    token += (24 if wide else 8) * min(padded(operands.keys.width), COLUMNS)
     return Memory(fixed=fixed, token=token)
 
 
@@ -75,7 +75,7 @@ def attend_rows(
 
     A is what is weighed: the widths of the keys and the further rows, or H where every head keeps its own columns.
     """
-    batch, rows, _ = operands.q.shape
+    batch, rows = operands.q.shape[0], operands.rows
     block = tiles.block
     blocks = math.ceil(operands.keys.tokens / block)
     most = blocks
@@ -100,7 +100,7 @@ def attend_rows(
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 [pltpu.VMEM((rows, w), jnp.float32) for w in _widths(operands, rules)],
-                [pltpu.VMEM((block, operands.keys.width), operands.q.dtype) for _ in _kept(operands, rules)],
+                [pltpu.VMEM((block, operands.keys.width), operands.kept) for _ in _kept(operands, rules)],
             ],
         ),
         out_shape=[
@@ -140,7 +140,7 @@ def _inputs(operands: Operands, block: int, at: Callable[..., Any]) -> tuple[dic
             specs["scale"] = tokens_last(each.scale.shape[1])
         return Held(**specs, tokens_last=each.tokens_last)
 
-    moving, still = ("q", "turned", "limit"), ("key_bias", "slopes")
+    moving, still = ("q", "q_scale", "q_offset", "turned", "limit"), ("key_bias", "slopes")
     arrays: dict[str, Any] = {
         name: array for name in moving + still if (array := getattr(operands, name)) is not None
     }
@@ -159,13 +159,9 @@ def _inputs(operands: Operands, block: int, at: Callable[..., Any]) -> tuple[dic
     return arrays, specs
 
 
-def _padded(width: int) -> int:
-    return math.ceil(width / LANES) * LANES
-
-
 def _kept(operands: Operands, rules: Rules) -> tuple[float, ...]:
     """The factors of the keys' operands that are kept."""
-    return operands.keys.operands(operands.q.dtype) if rules.keys_weigh else ()
+    return operands.keys.operands(operands.kept) if rules.keys_weigh else ()
 
 
 def _widths(operands: Operands, rules: Rules) -> list[int]:
@@ -217,12 +213,12 @@ def _kernel(
 
         @pl.when((at == copied) & ((left > 0) & (left < block) if ragged else left >= block))
         def step(ragged: bool = ragged) -> None:
-            reader = Reader(inputs["q"].dtype, left if ragged else None)
-            raw = _scores(inputs, reader, kept, at * block - first[b], rules)
+            of_keys, reader = readers(inputs["q"].dtype, kept, left if ragged else None)
+            raw = _scores(inputs, of_keys, kept, at * block - first[b], rules)
             limit = inputs["limit"][...] if "limit" in inputs else length[b]
             seen = visible(raw.shape, at * block, limit, first[b], rules)
             keys, *further = inputs["held"]
-            weighed = (keep(keys, kept, reader.dtype), *further) if rules.keys_weigh else further
+            weighed = (keep(keys, kept), *further) if rules.keys_weigh else further
             weigh(raw, seen, weighed, reader, (peak, total, sums), rules)
 
     @pl.when(j == steps - 1)
@@ -243,6 +239,8 @@ def _scores(inputs: dict[str, Any], reader: Reader, kept: list[Any], ahead: Any,
         jnp.zeros((inputs["q"].shape[0], keys.tokens), jnp.float32),
         period,
     )
+    if "q_scale" in inputs:
+        raw = whole(raw, inputs["q_scale"][...], inputs["q_offset"][...])
     if (scale := reader.scale(keys)) is not None:
         raw = raw * by_row(scale, raw.shape[0], rules)
     raw = raw * rules.scale

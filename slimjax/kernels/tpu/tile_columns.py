@@ -7,87 +7,35 @@ long, and not for each other.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
 from slimjax.attention.softmax import exponential_of
 from slimjax.cache.codecs.flashq import LIMIT
-from slimjax.kernels.tpu.online import LANES
+from slimjax.kernels.tpu.tile_rows import (
+    Block,
+    Work,
+    across,
+    along,
+    divide,
+    every,
+    moved,
+    of_all,
+    of_rows,
+    place_of,
+    repeated,
+    spread,
+    stacked,
+    summed,
+)
 from slimjax.kernels.tpu.tiled_rows import unpacked
 from slimjax.numerics import MASK
 
 HALF = 128  # q * step = HALF * high + low, both INT8
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """Of a block of m tiles, for each of the R queries that share a head, one below the other.
-
-    Attributes:
-        count: m.
-        seen: the tokens of its tile that a row's query sees.
-        ahead: tokens by which they are ahead of the query.
-        there: tiles that hold anything.
-    """
-
-    count: int
-    seen: Bool[Array, "R*m C"]
-    ahead: Int32[Array, "R*m C"]
-    there: Bool[Array, "m 1"]
-
-
-def parts_of(bits: int) -> int:
-    """Parts that a tile's codes are unpacked to. Those of 3 bits, two planes of other parts, are put in order."""
-    return {2: 4, 4: 2}.get(bits, 1)
-
-
-def block_of(
-    bits: int, count: int, start: Any, length: Any, first: Any, limits: list[Any], fixed: Any
-) -> Block:
-    """The block of ``count`` tiles from the token ``start`` on, its columns part by part of the packed bytes.
-
-    length: tokens in tiles; first: the position of the first query; limits: tokens in tiles that each of T queries
-    sees.
-    """
-    tile, rules = fixed.tile, fixed.rules
-    within = tile // parts_of(bits)  # tokens of a tile in one part
-    column = jax.lax.broadcasted_iota(jnp.int32, (count, count * tile), 1)
-    row = jax.lax.broadcasted_iota(jnp.int32, (count, count * tile), 0)
-    part, rest = _divide(column, count * within)
-    index, place = _divide(rest, within)
-    own, token = index == row, start + index * tile + part * within + place
-    seen, ahead = [], []
-    for query in range(rules.heads // rules.kv_heads * rules.tokens):
-        at = query % rules.tokens
-        mask = own & (token < limits[at])
-        if rules.causal:
-            mask = mask & (token <= first + at)
-        if rules.window is not None:
-            mask = mask & (token > first + at - rules.window)
-        seen.append(mask.astype(jnp.int32))
-        ahead.append(token - (first + at))
-    there = start + row[:, :1] * tile < length
-    return Block(count=count, seen=_stacked(seen) != 0, ahead=_stacked(ahead), there=there)
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """The heads at work: their groups, h heads of R queries each, and the columns of each group."""
-
-    groups: list[Any]
-    columns: list[Any]
-    heads: int
-    queries: int
-
-    @property
-    def rows(self) -> int:
-        """h*R, of a group."""
-        return self.heads * self.queries
 
 
 def take(section: Any, state: tuple[Any, Any, Any], works: list[Work], block: Block, fixed: Any) -> None:
@@ -126,7 +74,7 @@ class _State:
 
 def _of_groups(ref: Any, work: Work) -> Float[Array, "n 128"]:
     """Numbers of all heads at work and their queries."""
-    return _stacked([ref[group] for group in work.groups])
+    return stacked([ref[group] for group in work.groups])
 
 
 def _met(section: Any, work: Work, block: Block, fixed: Any) -> Float[Array, "n*m C"]:
@@ -134,13 +82,13 @@ def _met(section: Any, work: Work, block: Block, fixed: Any) -> Float[Array, "n*
     for columns in work.columns:
         k = _Columns(section.k, columns, section.bits, fixed.dtype)
         found.append(_scores(section.q[:, columns], k, _mine(work), block.count))
-    return _stacked(found)
+    return stacked(found)
 
 
 def _mine(work: Work) -> list[Bool[Array, "1 W"]]:
     """The columns of each head of a group."""
     width = work.columns[0].size
-    head = _divide(jax.lax.broadcasted_iota(jnp.int32, (1, width), 1), width // work.heads)[0]
+    head = divide(jax.lax.broadcasted_iota(jnp.int32, (1, width), 1), width // work.heads)[0]
     return [head == i for i in range(work.heads)]
 
 
@@ -154,7 +102,7 @@ def _after(section: Any, before: _State, work: Work, met: Array, block: Block, f
     out = []
     for place, (old, new) in enumerate(zip(before.out, fresh, strict=True)):
         rows = slice(place * work.rows, (place + 1) * work.rows)
-        out.append(old * _spread(_across(weights.kept[rows], old), mine, work.queries) + new)
+        out.append(old * spread(across(weights.kept[rows], old), mine, work.queries) + new)
     return _State(peak=weights.peak, total=weights.total, out=out)
 
 
@@ -198,15 +146,15 @@ def _scores(q: Array, k: _Columns, mine: list[Array], count: int) -> Float[Array
             here = jnp.where(own, q[query : query + 1], 0.0)
             rows.append(jnp.broadcast_to(here, (count, q.shape[1])) if k.step is None else here * k.step)
             lows.append(None if k.low is None else here * k.low)
-    stacked, size = _stacked(rows), len(rows) * count
+    whole, size = stacked(rows), len(rows) * count
     if k.step is None:
-        met = jnp.concatenate([k.dot(stacked, part, 1) for part in range(len(k.parts))], axis=1)
+        met = jnp.concatenate([k.dot(whole, part, 1) for part in range(len(k.parts))], axis=1)
         return met.astype(jnp.float32)
-    high = jnp.floor((stacked + HALF // 2) * (1 / HALF))
-    stacked = jnp.concatenate([high, stacked - HALF * high], axis=0)
-    met = jnp.concatenate([k.dot(stacked, part, 1) for part in range(len(k.parts))], axis=1)
-    whole = (HALF * met[:size] + met[size:]).astype(jnp.float32)
-    return whole + jnp.sum(_stacked(lows), axis=1, keepdims=True)
+    high = jnp.floor((whole + HALF // 2) * (1 / HALF))
+    whole = jnp.concatenate([high, whole - HALF * high], axis=0)
+    met = jnp.concatenate([k.dot(whole, part, 1) for part in range(len(k.parts))], axis=1)
+    codes = (HALF * met[:size] + met[size:]).astype(jnp.float32)
+    return codes + jnp.sum(stacked(lows), axis=1, keepdims=True)
 
 
 def _scales(stream: Any, work: Work, block: Block) -> Float[Array, "n*m 1"]:
@@ -215,22 +163,22 @@ def _scales(stream: Any, work: Work, block: Block) -> Float[Array, "n*m 1"]:
     scale = jnp.where(block.there, stream.scale[...], 0.0)
     heads = [group * work.heads + i for group in work.groups for i in range(work.heads)]
     rows = [jnp.where(lane == head, scale, 0.0) for head in heads for _ in range(work.queries)]
-    return jnp.sum(_stacked(rows), axis=1, keepdims=True)
+    return jnp.sum(stacked(rows), axis=1, keepdims=True)
 
 
 def _biased(met: Array, section: Any, work: Work, block: Block, fixed: Any) -> Float[Array, "n*m C"]:
     """Scores from sums of codes: scaled, capped and biased."""
 
     def rows(ref: Any) -> Array:
-        return _repeated(_of_groups(ref, work), block.count)
+        return repeated(_of_groups(ref, work), block.count)
 
     factor = rows(section.q_scale) * (_scales(section.k, work, block) * fixed.rules.scale)
-    score = met * _across(factor, met)
+    score = met * across(factor, met)
     if fixed.rules.softcap is not None:
         score = fixed.rules.softcap * jnp.tanh(score / fixed.rules.softcap)
     if section.slopes is not None:
-        far = jnp.abs(_of_all(block.ahead, work)).astype(jnp.float32)
-        score = score - _across(rows(section.slopes), far) * far
+        far = jnp.abs(of_all(block.ahead, work)).astype(jnp.float32)
+        score = score - across(rows(section.slopes), far) * far
     return score if section.bias is None else score + rows(section.bias)
 
 
@@ -252,27 +200,27 @@ def _weights(score: Array, befores: list[Array], block: Block, work: Work, fixed
     """One step of the online softmax."""
     integer, count, exponential = fixed.integer, block.count, exponential_of(fixed.softmax)
     assert exponential is not None  # refused before
-    seen = _of_all(block.seen.astype(jnp.int32), work) != 0
+    seen = of_all(block.seen.astype(jnp.int32), work) != 0
     masked = jnp.where(seen, score, MASK)
-    before = _repeated(befores[0], count)
+    before = repeated(befores[0], count)
     tops = jnp.broadcast_to(jnp.max(masked, axis=1, keepdims=True), before.shape)
-    peaks = jnp.maximum(_along(tops, jnp.maximum, MASK, count), before)
-    fall = peaks - jnp.where(_place(peaks, count) == 0, before, _moved(peaks, 1, MASK, count))
+    peaks = jnp.maximum(along(tops, jnp.maximum, MASK, count), before)
+    fall = peaks - jnp.where(place_of(peaks, count) == 0, before, moved(peaks, 1, MASK, count))
     factor = jnp.exp(-fall) if integer.rescale == "exact" else jnp.where(fall == 0, 1.0, exponential(fall))
-    later = _along(_moved(factor, -1, 1.0, count), jnp.multiply, 1.0, count, backwards=True)
+    later = along(moved(factor, -1, 1.0, count), jnp.multiply, 1.0, count, backwards=True)
     # Far above what is masked, even where nothing is seen yet, so that its weights are zero.
-    p = exponential(_across(jnp.maximum(peaks, MASK / 2), masked) - masked)
+    p = exponential(across(jnp.maximum(peaks, MASK / 2), masked) - masked)
     codes, scale = _codes(p, integer.p)
     counted = jnp.sum(codes, axis=1, keepdims=True)
-    summed = jnp.sum(p, axis=1, keepdims=True) if integer.denominator == "before" else counted * scale
-    kept = _every(factor * later, 0, count)
+    sums = jnp.sum(p, axis=1, keepdims=True) if integer.denominator == "before" else counted * scale
+    kept = every(factor * later, 0, count)
     return _Weights(
         codes=codes,
-        scale=scale * _across(later, scale),
+        scale=scale * across(later, scale),
         counted=counted,
         kept=kept,
-        peak=_every(peaks, count - 1, count),
-        total=kept * befores[1] + _summed(later * summed, count),
+        peak=every(peaks, count - 1, count),
+        total=kept * befores[1] + summed(later * sums, count),
     )
 
 
@@ -298,79 +246,7 @@ def _weighed(
         met = [v.dot(codes[:, i * tokens : (i + 1) * tokens], i, 0) for i in range(len(v.parts))]
         weighed = sum(met[1:], met[0]).astype(jnp.float32)
         if v.step is not None and v.low is not None:
-            step, low = (_of_rows(each, work.rows) for each in (v.step, v.low))
+            step, low = (of_rows(each, work.rows) for each in (v.step, v.low))
             weighed = weighed * step + weights.counted[rows] * low
-        found.append(_spread(_summed(weighed * factor[rows], count), mine, work.queries))
+        found.append(spread(summed(weighed * factor[rows], count), mine, work.queries))
     return found
-
-
-def _spread(rows: Float[Array, "hR #W"], mine: list[Array], queries: int) -> Float[Array, "R W"]:
-    """Of rows for every head and query, those of each head in its own columns."""
-    heads = [rows[i * queries : (i + 1) * queries] for i in range(len(mine))]
-    found = heads[0]
-    for own, each in zip(mine[1:], heads[1:], strict=True):
-        found = jnp.where(own, each, found)
-    return found
-
-
-def _stacked(parts: list[Array]) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
-
-
-def _across(x: Float[Array, "n 128"], like: Float[Array, "_ W"]) -> Float[Array, "n W"]:
-    """A number a row, the same on all lanes, as wide as another array. Lanes are reused rather than broadcast."""
-    width = like.shape[1]
-    if width % LANES:
-        return x[:, :1]
-    return x if width == LANES else jnp.concatenate([x] * (width // LANES), axis=1)
-
-
-def _repeated(rows: Float[Array, "n L"], count: int) -> Float[Array, "n*m L"]:
-    """Every row m times."""
-    return _stacked([jnp.broadcast_to(rows[i : i + 1], (count, rows.shape[1])) for i in range(rows.shape[0])])
-
-
-def _of_all(block: Array, work: Work) -> Array:
-    """What holds of every head's queries, [R*m, C], of all rows."""
-    return _stacked([block] * (len(work.groups) * work.heads))
-
-
-def _of_rows(tiles: Float[Array, "m W"], rows: int) -> Float[Array, "hR*m W"]:
-    return _stacked([tiles] * rows)
-
-
-def _every(x: Float[Array, "n*m L"], place: int, count: int) -> Float[Array, "n L"]:
-    """One row of every m."""
-    return _stacked([x[i + place : i + place + 1] for i in range(0, x.shape[0], count)])
-
-
-def _summed(x: Float[Array, "n*m L"], count: int) -> Float[Array, "n L"]:
-    return _stacked([jnp.sum(x[i : i + count], axis=0, keepdims=True) for i in range(0, x.shape[0], count)])
-
-
-def _divide(value: Array, by: int) -> tuple[Array, Array]:
-    """Quotient and rest of numbers that are not negative."""
-    quotient = jax.lax.div(value, jnp.full_like(value, by))
-    return quotient, value - quotient * by
-
-
-def _place(x: Array, count: int) -> Array:
-    """Of every row among its m."""
-    return _divide(jax.lax.broadcasted_iota(jnp.int32, x.shape, 0), count)[1]
-
-
-def _moved(x: Array, by: int, neutral: float, count: int) -> Array:
-    """Rows moved down by so many (up, if negative) among their m."""
-    inside = _place(x, count) >= by if by > 0 else _place(x, count) < count + by
-    return jnp.where(inside, pltpu.roll(x, by % x.shape[0], 0), neutral)
-
-
-def _along(
-    x: Array, combine: Callable[[Array, Array], Array], neutral: float, count: int, *, backwards: bool = False
-) -> Array:
-    """Every row combined with all before it (behind it, backwards) among its m."""
-    by = 1
-    while by < count:
-        x = combine(x, _moved(x, -by if backwards else by, neutral, count))
-        by *= 2
-    return x
