@@ -24,7 +24,7 @@ LENGTHS = (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, CAPACITY)  # one ragged batch
 # Of the output's size: queries and weights are rounded to 2^-9, scores are a few units.
 TOLERANCE = 1e-2
 # The interpreter of jax 0.10 takes seven seconds a block of threads: a few small cases stand for all.
-OLD = mosaic._OLD
+OLD = mosaic.OLD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ REFUSED = [
     ({"scheme": "kv:int8"}, "codec int8 has no kernel"),
     ({"scheme": "kv:fp16"}, "codec fp16 has no kernel"),
     ({"scheme": "kv:bf16@sas"}, "softmax sas has no kernel"),
-    ({"scheme": "kv:flashq4"}, "compute mode int8 has no kernel"),
+    ({"scheme": "kv:bf16#int8"}, "compute mode int8 has no kernel"),
     ({"dtype": "float32"}, "float32 has no kernel .*; use bfloat16"),
     ({"position": "alibi"}, "position scheme 'alibi' has no kernel"),
     ({"layout": (2, 2, 80)}, "head_dim=80 has no kernel .*; it has 64, 96, 128"),
@@ -266,7 +266,7 @@ def test_parts_keep_all_processors_at_work():
         assert work / -(-work // 1) > 0.9
 
 
-@pytest.mark.parametrize("case", gpu_cases.CASES, ids=str)
+@pytest.mark.parametrize("case", [case for case in gpu_cases.CASES if "flashq" not in case.scheme], ids=str)
 def test_it_is_lowered_for_cuda_without_a_gpu(case):
     function, specs = gpu_cases.program(case)
     text = gpu_aot.lower(function, *specs).as_text()

@@ -79,13 +79,22 @@ def softmax_of(text: str) -> Softmax:
 @functools.cache
 def exponential_of(text: str) -> Exponential | None:
     """What a softmax takes for exp(-x), for a softmax computed tile by tile; None where it is more than that."""
-    name, numbers = _parsed(text)
-    if name == "exact":
+    if _parsed(text)[0] == "exact":
         return lambda x: jnp.exp(-x)
+    cut = sas_of(text)
+    if cut is None:
+        return None
+    threshold, degree = cut
+    return lambda x: sas_exp(x, threshold or None, degree)
+
+
+def sas_of(text: str) -> tuple[float, int] | None:
+    """Threshold (0: nothing is cut) and degree of SAS, or None of another softmax."""
+    name, numbers = _parsed(text)
     if name != "sas":
         return None
     threshold, degree = (*numbers, *(THRESHOLD, DEGREE)[len(numbers) :])
-    return lambda x: sas_exp(x, threshold or None, int(degree))
+    return threshold, int(degree)
 
 
 def _parsed(text: str) -> tuple[str, list[float]]:

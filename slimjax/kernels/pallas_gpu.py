@@ -11,14 +11,18 @@ from slimjax.attention.bases import basis
 from slimjax.attention.compute import compute_text
 from slimjax.attention.masks import visible
 from slimjax.attention.projections import DecodeWeights
+from slimjax.attention.softmax import sas_of
 from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.floats import FloatCodec
+from slimjax.kernels import flashq
 from slimjax.kernels.combine import combine
+from slimjax.kernels.gpu import mosaic, tile_steps
 from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
 from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
 from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
+from slimjax.kernels.gpu.tiles import attend_tiles
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import MASK
 
@@ -49,6 +53,7 @@ def decode(
     Raises:
         NotImplementedError: what the kernels, or the GPU in use, do not serve, with the reason.
         ValueError: fewer than one part.
+        RuntimeError: interpreted with too few threads.
     """
     reason = refusal(spec, q.shape[1], cache.capacity, biased=weights.k_bias is not None)
     if reason := reason or (None if interpret is not None else _old_gpu()):
@@ -57,8 +62,6 @@ def decode(
         raise ValueError(f"{splits=}: expected at least one part")
     if interpret is None:
         interpret = False if jax.default_backend() == "gpu" else interpreter()
-    positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec).astype(spec.dtype)
     rules = Rules(
         group=spec.group,
         tokens=q.shape[1],
@@ -67,11 +70,103 @@ def decode(
         window=spec.window,
         causal=spec.causal,
     )
-    held = jnp.minimum(cache.length, cache.capacity)  # an overfull cache is NaN below: nothing to wait for
+    way = _tiles if flashq.serves(spec) else _rows
+    out = way(q, cache, weights, spec, start, rules, splits, interpret)
+    return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+
+
+def _rows(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    start: Lengths,
+    rules: Rules,
+    splits: int | None,
+    interpret: Any,
+) -> Queries:
+    positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+    ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec).astype(spec.dtype)
+    held = jnp.minimum(cache.length, cache.capacity)  # an overfull cache is NaN: nothing to wait for
     attend = _slim if spec.scheme.basis == "k" else _plain
     mixed = attend(ready, cache, held, start, rules, splits, interpret)
-    out = basis(spec).finish(mixed, weights, spec).astype(spec.dtype)
-    return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+    return basis(spec).finish(mixed, weights, spec).astype(spec.dtype)
+
+
+def _tiles(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    start: Lengths,
+    rules: Rules,
+    splits: int | None,
+    interpret: Any,
+) -> Queries:
+    """Keys and values in FlashQ's tiles; heads of other widths are other calls."""
+    if interpret is not False and (few := mosaic.threads()) < mosaic.THREADS:
+        raise RuntimeError(
+            f"interpreted over FlashQ's tiles, threads of XLA wait for each other, and {few} are too few: set the "
+            f"environment's NPROC={mosaic.THREADS} before JAX starts"
+        )
+    of = flashq.question(q, cache, spec, start)
+    batch, kv_heads, *rows, size = of.asked.codes.shape
+    queries, limit = math.prod(rows), jnp.minimum(of.limit, cache.capacity)
+    codes = _padded(of.asked.codes.reshape(batch, kv_heads, queries, size)).astype(jnp.bfloat16)
+    scale = of.asked.scale.reshape(batch, kv_heads, queries)
+    scale = jnp.pad(scale, ((0, 0), (0, 0), (0, ROWS - queries)))
+    found, head = [], 0
+    for part in flashq.by_width(cache, of.codec):
+        fixed = _static(spec, of, rules, part["k"].bits, interpret)
+        heads = part["k"].scale.shape[2]
+        mine = slice(head, head + heads)
+        count = parts(batch * heads, cache.capacity, fixed.span) if splits is None else splits
+        found.append(
+            attend_tiles(
+                codes[:, mine],
+                scale[:, mine],
+                part["k"],
+                part["v"],
+                jnp.max(limit, axis=1),
+                start,
+                limit,
+                fixed,
+                splits=count,
+                interpret=interpret,
+            )
+        )
+        head += heads
+    most = max(len(peak) for peak, _, _ in found)
+    peak, total, out = (
+        jnp.concatenate([_more(part[index], most, nothing) for part in found], axis=2)
+        for index, nothing in enumerate((tile_steps.NONE, 0.0, 0.0))
+    )
+    state = flashq.merged(
+        peak[..., :queries, None],
+        total[..., :queries, None],
+        jnp.swapaxes(out, 3, 4)[..., :queries, :],
+        of.asked,
+    )
+    return flashq.finish(state, of, cache, weights, spec)
+
+
+def _more(parts: Float[Array, "P *rest"], count: int, nothing: float) -> Float[Array, "Q *rest"]:
+    """Filled up with parts of no token."""
+    fill = [(0, count - len(parts)), *[(0, 0)] * (parts.ndim - 1)]
+    return jnp.pad(parts, fill, constant_values=nothing)
+
+
+def _static(
+    spec: DecodeSpec, of: flashq.Question, rules: Rules, bits: int, interpret: Any
+) -> tile_steps.Static:
+    return tile_steps.Static(
+        rules=rules,
+        integer=of.integer,
+        sas=sas_of(spec.scheme.softmax),
+        bits=bits,
+        tile=of.codec.tile,
+        interpreted=interpret is not False,
+    )
 
 
 def _plain(
@@ -148,6 +243,8 @@ def _padded(rows: Float[Array, "*B M W"]) -> Float[Array, "*B R W"]:
 def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = False) -> str | None:
     """Why no kernel serves this spec, so many query tokens and slots, or None. ``biased``: keys have a bias."""
     scheme = spec.scheme
+    if flashq.serves(spec):
+        return flashq.refusal(spec) or _tiles_refusal(spec) or _shape_refusal(spec, tokens, capacity)
     if scheme.basis not in ("kv", "k"):
         return f"basis {scheme.basis} has no kernel for GPUs; it has kv and k"
     if (mode := compute_text(scheme)) != "float":
@@ -158,7 +255,14 @@ def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = Fals
     for name in basis(spec).streams(spec):
         stream = codec.stream(name)
         if not isinstance(stream, FloatCodec) or stream.kind != "bf16":
-            return f"codec {scheme.codec} has no kernel for GPUs; it has bf16"
+            return f"codec {scheme.codec} has no kernel for GPUs; it has bf16, and of kv flashq"
+    if scheme.basis == "k" and (reason := _slim_refusal(spec, biased)):
+        return reason
+    return _shape_refusal(spec, tokens, capacity)
+
+
+def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
+    """Why sizes and positions are not served, or None."""
     if spec.dtype != "bfloat16":
         return f"compute dtype {spec.dtype} has no kernel for GPUs; use bfloat16"
     if spec.position.kind not in ("none", "learned", "rope"):
@@ -167,14 +271,26 @@ def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = Fals
         return f"{spec.head_dim=} has no kernel for GPUs; it has {', '.join(map(str, SIZES))}"
     if capacity % ALIGNED:
         return f"a cache of {capacity} slots has no kernel for GPUs; take a multiple of {ALIGNED}"
-    if scheme.basis == "k" and (reason := _slim_refusal(spec, biased)):
-        return reason
-    heads, of = (spec.heads, "a token") if scheme.basis == "k" else (spec.group, "a key head")
+    heads, of = (spec.heads, "a token") if spec.scheme.basis == "k" else (spec.group, "a key head")
     if tokens * heads > ROWS:
         return (
             f"{tokens} query tokens of {heads} heads {of} are more than {ROWS} rows; "
             f"decode at most {ROWS // heads} at a time"
         )
+    return None
+
+
+def _tiles_refusal(spec: DecodeSpec) -> str | None:
+    """Why FlashQ's tiles are not served, or None."""
+    if mosaic.OLD:
+        return "FlashQ's tiles have no kernel for GPUs under jax 0.10; use 0.11 or newer"
+    for part in flashq.widths(codec_of(spec.scheme)) or ():
+        if reason := tile_steps.refusal(part.bits, part.tile):
+            return reason
+    if spec.head_dim % tile_steps.COLUMNS:
+        return f"{spec.head_dim=} in FlashQ's tiles has no kernel for GPUs; it has 64 and 128"
+    if (cut := sas_of(spec.scheme.softmax)) and not cut[0]:
+        return f"softmax {spec.scheme.softmax} has no kernel for GPUs; it has exact, and SAS with a cut"
     return None
 
 
@@ -199,12 +315,12 @@ def _old_gpu() -> str | None:
     return None if found == "9.0" else f"compute capability {found}: the kernels are for 9.0 (Hopper)"
 
 
-def parts(heads: int, capacity: int) -> int:
+def parts(heads: int, capacity: int, block: int = BLOCK) -> int:
     """Parts for so many sequences x key heads and slots: those that the last processor is soonest done with.
 
     Each processor takes one part at a time, and as long as ``START`` blocks of tokens to begin and end it.
     """
-    blocks = math.ceil(capacity / BLOCK)
+    blocks = math.ceil(capacity / block)
 
     def time(splits: int) -> int:
         return math.ceil(heads * splits / PROCESSORS) * (math.ceil(blocks / splits) + START)

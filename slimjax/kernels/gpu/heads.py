@@ -105,7 +105,7 @@ def _kernel(
             shared,
             place,
             {
-                name: lambda tokens, rows=rows: rows.at[place.sequence, tokens, columns]
+                name: lambda block, rows=rows: rows.at[place.sequence, ring.rows_of(block), columns]
                 for name, rows in cached.items()
             },
         )

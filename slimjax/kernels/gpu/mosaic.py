@@ -5,6 +5,7 @@ that of jax 0.10 knows neither layouts of registers nor transposed operands.
 """
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-_OLD = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10
-_HOME = "jax._src.pallas.mosaic_gpu.interpret.params" if _OLD else "jax.experimental.pallas.mosaic_gpu"
+OLD = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10
+_HOME = "jax._src.pallas.mosaic_gpu.interpret.params" if OLD else "jax.experimental.pallas.mosaic_gpu"
+THREADS = 16  # that the interpreter wants of a large kernel
 _Parameters: Any = importlib.import_module(_HOME).InterpretGPUParams
 
 
@@ -23,8 +25,14 @@ def interpreter(*, detect_races: bool = False) -> Any:
 
     What TMA brings from behind an array is zero; jax 0.10 can call it an error, or make it NaN.
     """
-    more = {"out_of_bounds_reads": "uninitialized"} if _OLD else {}
+    more = {"out_of_bounds_reads": "uninitialized"} if OLD else {}
     return _Parameters(detect_races=detect_races, **more)
+
+
+def threads() -> int:
+    """Of XLA on this machine, which the interpreter's warpgroups wait in."""
+    asked = os.environ.get("NPROC", "")
+    return int(asked) if asked.isdecimal() else os.cpu_count() or 1
 
 
 def call(
@@ -57,10 +65,13 @@ def call(
     )
 
 
-def tiled(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory for operands of products: in tiles of 8 rows, swizzled as wide as rows allow."""
+def tiled(shape: Sequence[int], dtype: Any, *, columns: int | None = None) -> Any:
+    """Shared memory for operands of products: in tiles of 8 rows, swizzled as wide as rows allow.
+
+    columns: what is read at a time, where that is less than a row.
+    """
     width = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * width * 8)
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * width * 8)
     transforms = (plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
@@ -80,12 +91,58 @@ def _laid(x: jax.Array, layout: Any, interpreted: bool) -> jax.Array:
     return x if interpreted else plgpu.layout_cast(x, layout)
 
 
+def full_columns(count: int, value: float, *, interpreted: bool) -> jax.Array:
+    """One number for each column of the results of products, [n] float32."""
+    return _laid(jnp.full((count,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(0), interpreted)
+
+
+def by_column(ref: Any, *, interpreted: bool) -> jax.Array:
+    """Numbers of columns, [n], from shared memory, to be broadcast to the results of products."""
+    return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA.reduce(0), interpreted)
+
+
+def load(ref: Any, *, interpreted: bool) -> jax.Array:
+    """Rows from shared memory, [64, n] of any width, in the layout of the results and operands of products."""
+    return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA, interpreted)
+
+
+def _read(ref: Any, interpreted: bool) -> jax.Array:
+    held = ref[...]
+    if (
+        interpreted
+    ):  # TMA may overwrite what is in registers when a slot is set free; the interpreter asks for more
+        plgpu.commit_smem()
+    return held
+
+
+def turned_product(a: Any, b: Any, *, interpreted: bool) -> jax.Array:
+    """a [k, m] transposed times b [n, k] transposed, both in shared memory; [m, n] float32, finished."""
+    if interpreted:
+        left, right = a[...].T, b[...].T
+        plgpu.commit_smem()
+        return jnp.dot(left, right, preferred_element_type=jnp.float32)
+
+    def multiply(sums: Any) -> jax.Array:
+        plgpu.wgmma(sums, a.transpose((1, 0)), b.transpose((1, 0)))
+        return sums[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[1], b.shape[0]), jnp.float32))
+
+
+def store_turned(ref: Any, rows: jax.Array, *, interpreted: bool) -> None:
+    """Results of products, [64, n], into shared memory [n, 64]."""
+    if interpreted:
+        ref[...] = rows.T
+    else:
+        ref.transpose((1, 0))[...] = rows
+
+
 def product(a: Any, b: Any, *, turned: bool = False, interpreted: bool) -> jax.Array:
     """a [64, k] times b [k, n], or with ``turned`` b [n, k] transposed; float32, finished.
 
     a: in shared memory or registers; b: in shared memory.
     """
-    if interpreted and (_OLD or isinstance(a, jax.Array)):
+    if interpreted and (OLD or isinstance(a, jax.Array)):
         right = b[...].T if turned else b[...]
         plgpu.commit_smem()  # TMA may overwrite what is read here; it need not wait so for what wgmma reads
         return jnp.dot(a[...], right, preferred_element_type=jnp.float32)

@@ -65,15 +65,17 @@ def grid(columns: int, splits: int, batch: int) -> dict[str, int]:
     return {"column": columns, "part": splits, "sequence": batch}
 
 
-def place(length: Any, first: Any, rules: Rules, splits: int) -> Place:
-    """Of the blocks that any row sees, an even share: a short sequence is cut as finely as a long one."""
+def place(length: Any, first: Any, rules: Rules, splits: int, size: int = BLOCK) -> Place:
+    """Of the blocks of ``size`` tokens that any row sees, an even share: a short sequence is cut as finely as a long
+    one.
+    """
     sequence, column, part = (jax.lax.axis_index(name) for name in ("sequence", "column", "part"))
-    held, position, block = length[sequence], first[sequence], jnp.int32(BLOCK)
+    held, position, block = length[sequence], first[sequence], jnp.int32(size)
     end = jnp.minimum(held, position + rules.tokens) if rules.causal else held
     begin = jnp.int32(0)
     if rules.window is not None:
         begin = jax.lax.div(jnp.maximum(position - (rules.window - 1), 0), block)
-    last = jax.lax.div(jnp.maximum(end, 0) + (BLOCK - 1), block)
+    last = jax.lax.div(jnp.maximum(end, 0) + (size - 1), block)
     share = jax.lax.div(jnp.maximum(last - begin, 0) + (splits - 1), jnp.int32(splits))
     start = begin + part * share
     count = jnp.maximum(jnp.minimum(last, start + share) - start, 0)
@@ -88,25 +90,31 @@ def depth(size: int) -> int:
 
 
 def slots(count: int, **widths: int) -> dict[str, Any]:
-    """Shared memory for blocks of bfloat16 rows by name, [slots, 64, width], and two barriers of every slot.
-
-    "ready": its rows have come; "free": they are no longer needed.
-    """
+    """Shared memory for blocks of bfloat16 rows by name, [slots, 64, width], and two barriers of every slot."""
     held: dict[str, Any] = {}
     for name, width in widths.items():
-        held[name] = mosaic.tiled((count, BLOCK, width), jnp.bfloat16)
-        held |= {f"{name}_{state}": plgpu.Barrier(num_barriers=count) for state in ("ready", "free")}
+        held |= slot(name, mosaic.tiled((count, BLOCK, width), jnp.bfloat16), count)
     return held
 
 
+def slot(name: str, memory: Any, count: int) -> dict[str, Any]:
+    """So many slots, and their barriers. "ready": what is in them has come; "free": it is no longer needed."""
+    barriers = {f"{name}_{state}": plgpu.Barrier(num_barriers=count) for state in ("ready", "free")}
+    return {name: memory, **barriers}
+
+
+def rows_of(block: Any) -> Any:
+    """The rows of a block where they lie one behind the other."""
+    return pl.ds(block * BLOCK, BLOCK)
+
+
 def load(shared: dict[str, Any], place: Place, sources: dict[str, Callable[[Any], Any]]) -> None:
-    """Bring each block as soon as its slot is free. ``sources``: by name, of the block's tokens, what is copied."""
+    """Bring each block as soon as its slot is free. ``sources``: by name, of a block's number, what is copied."""
 
     @pl.loop(0, place.count)
     def bring(j: Any) -> None:
-        tokens = pl.ds((place.start + j) * BLOCK, BLOCK)
         for name, source in sources.items():
-            count, cached = shared[name].shape[0], source(tokens)
+            count, cached = shared[name].shape[0], source(place.start + j)
             slot = jax.lax.rem(j, jnp.int32(count))
 
             @pl.when(j >= count)

@@ -94,7 +94,9 @@ def _score(
         plgpu.set_max_registers(ring.LOADING, action="decrease")
         mine, columns = q.at[place.sequence, place.column], pl.ds(place.column * size, size)
         plgpu.copy_gmem_to_smem(mine, shared["q"].at[pl.ds(0, rows)], shared["q_ready"])
-        ring.load(shared, place, {"keys": lambda tokens: keys.at[place.sequence, tokens, columns]})
+        ring.load(
+            shared, place, {"keys": lambda block: keys.at[place.sequence, ring.rows_of(block), columns]}
+        )
 
     @pl.when(group < READERS)
     def read() -> None:
@@ -176,8 +178,8 @@ def _weigh(
     def load() -> None:
         plgpu.set_max_registers(ring.LOADING, action="decrease")
         sources = {
-            "p": lambda tokens: p.at[place.sequence, rows, tokens],
-            "keys": lambda tokens: keys.at[place.sequence, tokens, columns],
+            "p": lambda block: p.at[place.sequence, rows, ring.rows_of(block)],
+            "keys": lambda block: keys.at[place.sequence, ring.rows_of(block), columns],
         }
         ring.load(shared, place, sources)
 
