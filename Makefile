@@ -78,7 +78,7 @@ reproduce: $(STAMP)-gguf models ## the tables of the comparison, into results/ab
 	$(RUN) $(ABLATION)/context.gin --out results/ablation/context --jobs $(JOBS) $(ARGS)
 	$(RUN) $(ABLATION)/context.gin $(CONTEXT) --set "Compare.trained = ('$(LM)',)" \
 	  --out results/ablation/context_lm --jobs $(JOBS) $(ARGS)
-	$(REPORT) $(TABLES:%=results/ablation/%) results/ablation/context results/ablation/context_lm \
+	$(REPORT) $(TABLES:%=results/ablation/%) $(addprefix results/ablation/,sas emulated context context_lm) \
 	  --out results/ablation/report
 
 reasoning: $(STAMP)-run ## train the model that solves a task, whose answers `make reproduce` then counts, too (< 40 min)
@@ -102,7 +102,7 @@ reproduce-fast: $(STAMP)-run ## the same of a small model trained for a minute, 
 	done
 	$(RUN) $(ABLATION)/context.gin $(FAST) --set "Compare.schemes = ($(FEW_CONTEXT))" --set "Compare.prompt = 64" --set "Compare.tokens = 1152" \
 	  --out results/ablation-fast/context --jobs $(JOBS) $(ARGS)
-	$(REPORT) $(TABLES:%=results/ablation-fast/%) results/ablation-fast/context --out results/ablation-fast/report
+	$(REPORT) $(addprefix results/ablation-fast/,$(TABLES) sas emulated context) --out results/ablation-fast/report
 
 test: $(STAMP)-test ## the test suite, every case (40 min and more; a sample: ARGS='--cases 2')
 	$(PYTEST) --ignore=tests/parity --ignore=tests/tpu --ignore=tests/gpu $(ARGS)

@@ -82,6 +82,36 @@ def test_zero_rows_and_their_scale():
         np.testing.assert_array_equal(decoded, np.zeros((1, 2, 1, 4)))
 
 
+# Of N(0, 1) rows, relative L2: what a scale for 64 (xquant: 128) of them leaves of so many bits.
+BY_NAME = {
+    "kivi": ({"bits": 4, "group": 64}, 0.1),
+    "gear_l": ({"bits": 4, "group": 64}, 0.1),
+    "xquant": ({"bits": 4, "group": 128}, 0.1),
+    "turboquant": ({"bits": 4}, 0.1),
+    "hadamard_int4": ({}, 0.1),
+    "nvfp4": ({}, 0.1),
+    "fp8": ({}, 0.03),
+    "int8": ({}, 0.007),
+    "flashq": ({"bits": 4, "group": 64}, 0.1),
+}
+
+
+@pytest.mark.parametrize("role", ["k", "v"])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_method_is_a_codec_of_whole_rows(name, role):
+    """All tokens are codes, the newest too: windows are a cache's."""
+    options, error = BY_NAME[name]
+    method, shape = slimjax.codec(name, **options), (2, 128, 1 if name == "xquant" else 2, 64)
+    x = jnp.asarray(rows(shape))
+    codes = method.encode(x, role=role)
+    back = np.asarray(method.decode(codes))
+    each = np.sqrt(np.mean((back - x) ** 2, axis=(0, 2, 3)) / np.mean(x**2, axis=(0, 2, 3)))  # of every token
+    assert 0.6 * error < np.median(each) < 1.5 * error
+    assert each.min() > 0.2 * error
+    stored = sum(leaf.nbytes for leaf in jax.tree.leaves(codes))
+    assert method.nbytes(shape, role) == stored < x.size * 2
+
+
 def test_a_bad_codec_is_named():
     with pytest.raises(ValueError, match="did you mean 'bf16'"):
         codec("bf61")

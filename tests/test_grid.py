@@ -19,8 +19,8 @@ from slimjax.solve import convert
 
 SOFTMAX = {"exact": "", "sas": "@sas", "sparse": "@sparse(1e-3)"}
 COMPUTE = {"float": "#float", "int8": "#int8", "sage": "#sage"}
-WIDTHS = {"flashq": ("8", "4", "3", "2", "2-4"), "kivi": ("4", "3", "2", "2-4"), "gear_l": ("4", "3", "2"),
-          "xquant": ("8", "4", "3", "2"), "turboquant": ("4", "3", "2", "1"), "hadamard": ("4", "2-4"),
+WIDTHS = {"flashq": ("8", "4", "3", "2", "2-4"), "kivi": ("4", "3", "2", "2-4"), "gear_l": ("4", "3", "2", "2-4"),
+          "xquant": ("8", "4", "3", "2"), "turboquant": ("4", "3", "2", "1", "2-4"), "hadamard": ("4", "2-4"),
           "absmax": ("4", "2-4")}  # fmt: skip
 
 

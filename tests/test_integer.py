@@ -278,13 +278,16 @@ def _equations(jaxpr):
                     yield from _equations(inner)
 
 
-@pytest.mark.parametrize("codec", ["flashq4", "flashq3", "flashq2-4"])
-def test_a_step_multiplies_integers_and_makes_no_floats_of_the_cache(codec):
-    spec = spec_of(f"kv:{codec}/64")
+@pytest.mark.parametrize(
+    "scheme",
+    ["kv:flashq4/64", "kv:flashq3/64", "kv:flashq2/64", "kv:flashq2-4/64", "kv:flashq4/64@sas"],
+)
+def test_a_step_multiplies_integers_and_makes_no_floats_of_the_cache(scheme):
+    spec = spec_of(scheme)
     cache = init_cache(spec, batch=2, capacity=2048)
     packed = [leaf for leaf in jax.tree.leaves(cache.streams) if leaf.dtype == jnp.uint8]
     assert packed
-    assert sum(leaf.nbytes for leaf in packed) > 0.6 * cache.nbytes
+    assert sum(leaf.nbytes for leaf in packed) > 0.5 * cache.nbytes
     step = jax.make_jaxpr(decode, static_argnums=3)(jnp.zeros((2, 1, 4, 8)), cache, DecodeWeights(), spec)
     dots = [each for each in _equations(step.jaxpr) if each.primitive.name == "dot_general"]
     assert len(dots) == 2

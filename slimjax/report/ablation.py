@@ -4,7 +4,7 @@ A *way* is all of a cell but its model and seed: scheme, selector, fraction, pro
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slimjax.records import Record
@@ -14,16 +14,44 @@ from slimjax.report.samples import distinct, measured, metric, sample, select, t
 from slimjax.report.tables import UNMEASURED, Column, Table, Value, with_seeds
 
 WAY = ("scheme", "selector", "fraction", "protected", "protect", "protection")
-# codec, bits, softmax -> mean accuracy in %, over LLaMA3-8B, Qwen2-7B and Phi3-3.8B on GSM8k, AQuA and BBH (arXiv
-# 2412.08585, its main table); the first is FP16.
-PUBLISHED: Mapping[tuple[str, str | None, str], float] = {
-    ("bf16", None, "exact"): 61.89,
-    ("flashq", "4", "sas"): 60.27,
-    ("gear_l", "4", "exact"): 55.97,
-    ("kivi", "4", "exact"): 51.85,
-    ("flashq", "2-4", "sas"): 53.31,
-    ("gear_l", "3", "exact"): 51.10,
-    ("kivi", "3", "exact"): 50.01,
+Method = tuple[str, str | None, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """The paper's figures beside a table's (arXiv 2412.08585): accuracy in % by codec, bits and softmax."""
+
+    title: str
+    note: str
+    accuracy: Mapping[Method, float]
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "main": Published(  # the first is FP16
+        title="paper: mean accuracy, %",
+        note="The paper's figures are means of its nine cells: three models of 4 to 8 billion parameters, three sets "
+        "of questions, 8-shot chain of thought.",
+        accuracy={
+            ("bf16", None, "exact"): 61.89,
+            ("flashq", "4", "sas"): 60.27,
+            ("gear_l", "4", "exact"): 55.97,
+            ("kivi", "4", "exact"): 51.85,
+            ("flashq", "2-4", "sas"): 53.31,
+            ("gear_l", "3", "exact"): 51.10,
+            ("kivi", "3", "exact"): 50.01,
+        },
+    ),
+    "components": Published(
+        title="paper: accuracy on AQuA, %",
+        note="The paper's figures are of 254 questions, where one standard error is 3.1 points: they cannot tell "
+        "these rows apart.",
+        accuracy={
+            ("bf16", None, "exact"): 50.79,
+            ("flashq", "4", "exact"): 49.60,
+            ("bf16", None, "sas"): 50.12,
+            ("flashq", "4", "sas"): 48.03,
+        },
+    ),
 }
 COLUMNS = {
     "bytes_per_token": Column("cache (bytes per token)", "count"),
@@ -187,7 +215,7 @@ def _remarks(records: Sequence[Record], models: Sequence[str]) -> str:
 
 def side_by_side(records: Sequence[Record], study: str) -> Table:
     """KL, perplexity and accuracy of every model beside each other, and what the paper has for that method."""
-    names, models = told(records), distinct(records, "model")
+    names, models, paper = told(records), distinct(records, "model"), PUBLISHED.get(study)
     parts = {
         model: [name for name in SIDE if any(name in r.metrics for r in select(records, model=model))]
         for model in models
@@ -196,7 +224,7 @@ def side_by_side(records: Sequence[Record], study: str) -> Table:
     for here in ways(records).values():
         first = here[0]
         numbers = [sample(select(here, model=model), name) for model in models for name in parts[model]]
-        rows.append((*_labels(first, names), *numbers, *([published(first)] if study == "main" else [])))
+        rows.append((*_labels(first, names), *numbers, *([] if paper is None else [published(first, paper)])))
         remarks.append(_remarks(here, models) if len(models) > 1 else _remark(here))
         labels.append(described(first, names))
         counts.append(max(len(select(here, model=model)) for model in models))
@@ -207,7 +235,7 @@ def side_by_side(records: Sequence[Record], study: str) -> Table:
             for model in models
             for name in parts[model]
         ),
-        *([Column("paper: mean accuracy, %", "plain")] if study == "main" else []),
+        *([] if paper is None else [Column(paper.title, "plain")]),
     )
     note = NOTE + "".join(
         f" {model}:{text.removesuffix(ANSWERS)}"
@@ -215,25 +243,21 @@ def side_by_side(records: Sequence[Record], study: str) -> Table:
         if (text := sizes(select(records, model=model)))
     )
     note += ANSWERS if any("accuracy" in found for found in parts.values()) else ""
-    if study == "main":
-        note += (
-            " The paper's figures are means of its nine cells: three models of 4 to 8 billion parameters, three sets "
-            "of questions, 8-shot chain of thought."
-        )
+    note += "" if paper is None else f" {paper.note}"
     table = Table(
         TITLES.get(study, study), columns, tuple(rows), tuple(remarks), note, tuple(labels), len(names)
     )
     return with_seeds(table, counts)
 
 
-def published(record: Record) -> float | None:
-    """The paper's mean accuracy of a method and its bits, in %; options that leave it the method are no matter."""
+def published(record: Record, paper: Published) -> float | None:
+    """The paper's figure of a method and its bits; options that leave it the method are no matter."""
     cell = record.cell
     plain = cell.get("basis") == "kv" and not cell.get("compute") and not cell.get("protected")
     if cell.get("fraction") not in (None, 0.5) or not same_method(record):
         return None
     key = (str(cell.get("codec")), cell.get("bits"), str(cell.get("softmax")))
-    return PUBLISHED.get(key) if plain else None  # type: ignore[arg-type]
+    return paper.accuracy.get(key) if plain else None  # type: ignore[arg-type]
 
 
 def positions_table(records: Sequence[Record], title: str) -> Table:
