@@ -287,7 +287,7 @@ def test_a_step_multiplies_integers_and_makes_no_floats_of_the_cache(scheme):
     cache = init_cache(spec, batch=2, capacity=2048)
     packed = [leaf for leaf in jax.tree.leaves(cache.streams) if leaf.dtype == jnp.uint8]
     assert packed
-    assert sum(leaf.nbytes for leaf in packed) > 0.5 * cache.nbytes
+    assert sum(leaf.nbytes for leaf in packed) > 0.6 * cache.nbytes
     step = jax.make_jaxpr(decode, static_argnums=3)(jnp.zeros((2, 1, 4, 8)), cache, DecodeWeights(), spec)
     dots = [each for each in _equations(step.jaxpr) if each.primitive.name == "dot_general"]
     assert len(dots) == 2

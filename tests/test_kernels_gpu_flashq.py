@@ -147,6 +147,10 @@ REFUSED = [
     ({"scheme": "kv:flashq4/64@sas(0)"}, "it has exact, and SAS with a cut"),
     ({"layout": (2, 2, 96)}, "head_dim=96 in FlashQ's tiles has no kernel"),
     ({"layout": (8, 1, 64), "tokens": 9}, "9 query tokens of 8 heads a key head are more than 64 rows"),
+    (
+        {"scheme": "kv:flashq2/64", "layout": (2, 2, 128), "tokens": 9},
+        "9 query tokens of 1 heads .* shared memory",
+    ),
     ({"position": "alibi"}, "position scheme 'alibi' has no kernel"),
 ]
 

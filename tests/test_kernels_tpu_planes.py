@@ -79,11 +79,11 @@ def test_nothing_behind_a_length_is_read(case):
     assert not suite.races_found()
 
 
-def test_small_weights_of_a_block_count():
-    """A token far above all others in one block takes no bits from those of another block."""
+def test_large_scores_are_as_precise():
+    """Where few tokens decide, an error of a score is one of the answer."""
     case = Case("k2:int16", lengths=(suite.CAPACITY,))
     q, cache, weights, spec = suite.made(case)
-    q = q * 40.0  # scores of which a few decide
+    q = q * 40.0
     start = suite.start_of(cache, spec, 1)
     wanted = suite.expected(q, cache, weights, spec, start)
     tiles = Tiles(block=suite.BLOCK)

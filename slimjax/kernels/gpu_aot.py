@@ -23,6 +23,8 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 from jax.stages import Compiled, Lowered
 
+from slimjax.kernels.gpu.ring import SHARED_LIMIT
+
 # Other versions allocate registers otherwise, and a plugin works with the jaxlib of its own version only.
 PINNED = {
     "jax": "0.12.0.1",
@@ -32,7 +34,6 @@ PINNED = {
 }
 HOW_TO = "pip install 'slimjax[gpu-aot]' on Python 3.12"  # 0.6 GB
 KIND = "NVIDIA H100 80GB HBM3"
-SHARED_LIMIT = 232_448  # bytes of shared memory that a block of threads may take
 
 # What XLA has to know of the GPU, as a GpuTargetConfigProto. Bytes, and bytes a second.
 TARGET = f"""

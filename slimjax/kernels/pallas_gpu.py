@@ -20,9 +20,9 @@ from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import mosaic, tile_steps
 from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
-from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
+from slimjax.kernels.gpu.ring import BLOCK, ROWS, SHARED_LIMIT, Rules
 from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
-from slimjax.kernels.gpu.tiles import attend_tiles
+from slimjax.kernels.gpu.tiles import attend_tiles, memory
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import MASK
 
@@ -244,7 +244,7 @@ def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = Fals
     """Why no kernel serves this spec, so many query tokens and slots, or None. ``biased``: keys have a bias."""
     scheme = spec.scheme
     if flashq.serves(spec):
-        return flashq.refusal(spec) or _tiles_refusal(spec) or _shape_refusal(spec, tokens, capacity)
+        return flashq.refusal(spec) or _tiles_refusal(spec, tokens) or _shape_refusal(spec, tokens, capacity)
     if scheme.basis not in ("kv", "k"):
         return f"basis {scheme.basis} has no kernel for GPUs; it has kv and k"
     if (mode := compute_text(scheme)) != "float":
@@ -280,13 +280,21 @@ def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
     return None
 
 
-def _tiles_refusal(spec: DecodeSpec) -> str | None:
+def _tiles_refusal(spec: DecodeSpec, tokens: int) -> str | None:
     """Why FlashQ's tiles are not served, or None."""
     if mosaic.OLD:
         return "FlashQ's tiles have no kernel for GPUs under jax 0.10; use 0.11 or newer"
     for part in flashq.widths(codec_of(spec.scheme)) or ():
         if reason := tile_steps.refusal(part.bits, part.tile):
             return reason
+        taken = memory(
+            math.ceil(tokens * spec.group / ALIGNED) * ALIGNED, spec.head_dim, part.bits, part.tile
+        )
+        if taken > SHARED_LIMIT:
+            return (
+                f"{tokens} query tokens of {spec.group} heads a key head take {taken:,} bytes of shared memory beside "
+                f"tiles of {part.bits} bits, more than {SHARED_LIMIT:,}"
+            )
     if spec.head_dim % tile_steps.COLUMNS:
         return f"{spec.head_dim=} in FlashQ's tiles has no kernel for GPUs; it has 64 and 128"
     if (cut := sas_of(spec.scheme.softmax)) and not cut[0]:

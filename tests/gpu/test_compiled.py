@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from slimjax.cache import codec_of
 from slimjax.kernels import gpu_aot, gpu_cases
-from slimjax.kernels.gpu import mosaic
+from slimjax.kernels.flashq import widths
+from slimjax.kernels.gpu import mosaic, tiles
 
 pytestmark = pytest.mark.skipif(
     bool(gpu_aot.missing()) and os.environ.get("SLIMJAX_REQUIRE_GPU_AOT") != "1",
@@ -30,6 +32,12 @@ def test_it_compiles_without_spills_or_copies(case):
     )
     for kernel in kernels:
         assert (kernel.spilled, kernel.stack) == (0, 0)
+        if tiled:  # what is refused beforehand is counted from above
+            rows, part = -(-case.tokens * case.spec.group // 8) * 8, codec_of(case.spec.scheme)
+            counted = max(
+                tiles.memory(rows, case.spec.head_dim, each.bits, each.tile) for each in widths(part) or ()
+            )
+            assert kernel.shared <= counted
         assert kernel.registers <= REGISTERS
         # Each block of threads has a processor of its own, and most of its shared memory; packed tiles need less.
         assert (0 if tiled else gpu_aot.SHARED_LIMIT / 2) < kernel.shared <= gpu_aot.SHARED_LIMIT

@@ -19,6 +19,7 @@ from slimjax.kernels.gpu import mosaic
 ROWS = 64  # of a product
 BLOCK = 64  # tokens
 READERS = 2  # warpgroups that multiply
+SHARED_LIMIT = 232_448  # bytes of shared memory that a block of threads may take
 BUFFERS = 144 * 1024  # bytes of shared memory for rows on their way; queries and answers take 40 to 80 KiB
 LOADING, READING = 40, 232  # registers of a thread
 

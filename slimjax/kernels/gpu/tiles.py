@@ -9,7 +9,7 @@ For the R query rows m of a key head, in INT8 codes, and each tile t of tokens j
   integers of the reference, without INT8 products, which would need values by channel (B operands of 8 bits are read
   along k only).
 * Tokens are the 64 rows of every product, queries its columns: s^T = k q^T and out^T = v^T p8^T. So a decoded token of
-  one head costs 8 columns rather than 64 rows, and 16 KiB of values in the registers of nobody.
+  one head costs 8 columns rather than 64 rows, and few registers.
 * 64 rows of packed bytes are the tiles that a step takes, 8/bits of 64 tokens; their parts (``cache.pack``) are other
   tokens of the same tiles. Keys go from registers into their product, values through shared memory, where they are
   read transposed.
@@ -37,6 +37,7 @@ from slimjax.kernels.gpu.ring import BLOCK, READERS, ROWS
 from slimjax.kernels.gpu.tile_steps import COLUMNS, Static, begin, step
 
 SLOTS = 2 * READERS
+OTHER = 8192  # bytes of shared memory that the compiler was seen to take besides, 5,136 at most
 
 
 def attend_tiles(
@@ -59,35 +60,7 @@ def attend_tiles(
     sequence's first. R is a multiple of 8, at most 64.
     """
     batch, kv_heads, rows, size = q.shape
-    parts = splits * READERS
-    stepped = fixed.bits < 8
-    byte = jnp.int8 if not stepped else jnp.uint8
-    shared = {
-        "q": mosaic.tiled((rows, size), q.dtype),
-        "q_scale": plgpu.SMEM((ROWS,), jnp.float32),
-        "out": mosaic.tiled((READERS, size, rows), jnp.float32),
-        "peak": plgpu.SMEM((READERS, rows), jnp.float32),
-        "total": plgpu.SMEM((READERS, rows), jnp.float32),
-        "p": mosaic.tiled((READERS, rows, BLOCK), jnp.bfloat16),
-        "wide": mosaic.tiled((READERS, fixed.parts, BLOCK, size), jnp.bfloat16),
-        "q_ready": plgpu.Barrier(num_barriers=2),
-    }
-    for name in ("keys", "values"):
-        shared |= ring.slot(name, mosaic.tiled((SLOTS, BLOCK, size), byte, columns=COLUMNS), SLOTS)
-        for each in ("step", "low") if stepped else ():
-            memory = plgpu.SMEM((SLOTS, fixed.count, size), jnp.int8)
-            shared |= ring.slot(f"{name}_{each}", memory, SLOTS)
-    arrays = {
-        f"{name}{suffix}": array
-        for name, tiles in (("keys", keys), ("values", values))
-        for suffix, array in (
-            ("", tiles.packed),
-            ("_step", tiles.step),
-            ("_low", tiles.low),
-            ("_scale", tiles.scale),
-        )
-        if array is not None
-    }
+    parts, arrays = splits * READERS, {**_named("keys", keys), **_named("values", values)}
     names = tuple(arrays)
 
     def body(length: Any, first: Any, limit: Any, q: Any, q_scale: Any, *rest: Any) -> None:
@@ -102,12 +75,47 @@ def attend_tiles(
             jax.ShapeDtypeStruct((*shape, rows), jnp.float32),
             jax.ShapeDtypeStruct((*shape, size, rows), jnp.float32),
         ),
-        scratch=shared,
+        scratch=_shared(rows, size, fixed),
         grid=ring.grid(kv_heads, splits, batch),
         groups=READERS + 1,
         interpret=interpret,
         name="slimjax_tiles",
     )(length, first, limit, q, q_scale, *arrays.values())
+
+
+def _named(name: str, tiles: FlashQTiles) -> dict[str, Array]:
+    """Arrays of keys or values by name; INT8 codes have no step and low."""
+    found = {"": tiles.packed, "_step": tiles.step, "_low": tiles.low, "_scale": tiles.scale}
+    return {f"{name}{suffix}": array for suffix, array in found.items() if array is not None}
+
+
+def _shared(rows: int, size: int, fixed: Static) -> dict[str, Any]:
+    """Shared memory and barriers; ``memory`` counts their bytes."""
+    shared = {
+        "q": mosaic.tiled((rows, size), jnp.bfloat16),
+        "q_scale": plgpu.SMEM((ROWS,), jnp.float32),
+        "out": mosaic.tiled((READERS, size, rows), jnp.float32),
+        "peak": plgpu.SMEM((READERS, rows), jnp.float32),
+        "total": plgpu.SMEM((READERS, rows), jnp.float32),
+        "p": mosaic.tiled((READERS, rows, BLOCK), jnp.bfloat16),
+        "wide": mosaic.tiled((READERS, fixed.parts, BLOCK, size), jnp.bfloat16),
+        "q_ready": plgpu.Barrier(num_barriers=2),
+    }
+    byte = jnp.int8 if fixed.bits == 8 else jnp.uint8
+    for name in ("keys", "values"):
+        shared |= ring.slot(name, mosaic.tiled((SLOTS, BLOCK, size), byte, columns=COLUMNS), SLOTS)
+        for each in ("step", "low") if fixed.bits < 8 else ():
+            held = plgpu.SMEM((SLOTS, fixed.count, size), jnp.int8)
+            shared |= ring.slot(f"{name}_{each}", held, SLOTS)
+    return shared
+
+
+def memory(rows: int, size: int, bits: int, tile: int) -> int:
+    """Bytes of shared memory for R query rows of H; what reductions and barriers take is counted from above."""
+    parts, count = 8 // bits, BLOCK * 8 // (tile * bits)
+    queries = rows * (2 * size + READERS * (4 * size + 2 * 4 + 2 * BLOCK)) + 4 * ROWS
+    codes = SLOTS * size * (BLOCK + (2 * count if bits < 8 else 0))
+    return queries + 2 * codes + READERS * parts * BLOCK * size * 2 + OTHER
 
 
 def _kernel(

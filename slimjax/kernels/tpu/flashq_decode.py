@@ -19,7 +19,8 @@ from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import SHARE, Tiles
 from slimjax.kernels.tpu import tiled_rows
 from slimjax.kernels.tpu.flashq import Section, Static, Stream, at_once, attend_tiles, together
-from slimjax.kernels.tpu.online import LANES, Rules
+from slimjax.kernels.tpu.online import LANES
+from slimjax.kernels.tpu.operands import rules_of
 from slimjax.kernels.tpu.tile_rows import parts_of
 from slimjax.pytree import pytree
 
@@ -52,7 +53,7 @@ def decode_tiles(
     """As ``slimjax.decode``; ``int8``: products of INT8, else of bfloat16, which have the same sums."""
     of, tokens = flashq.question(q, cache, spec, start), q.shape[1]
     fixed = Static(
-        rules=_rules(spec, tokens),
+        rules=rules_of(spec, tokens),
         integer=of.integer,
         softmax=spec.scheme.softmax,
         tile=of.codec.tile,
@@ -104,19 +105,6 @@ def _memory(spec: DecodeSpec, widths: tuple[FlashQ, ...], block: int, tokens: in
     scores = 6 * heads * queries * (block // size) * block * 4
     code = 4 + 2 if any(part.bits == 3 for part in widths) else 2  # unpacked to words, or as bytes
     return 2 * (blocks + states) + code * block * heads * spec.head_dim + scores
-
-
-def _rules(spec: DecodeSpec, tokens: int) -> Rules:
-    return Rules(
-        heads=spec.heads,
-        tokens=tokens,
-        kv_heads=spec.kv_heads,
-        keys_weigh=False,
-        scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
-        softcap=spec.softcap,
-        window=spec.window,
-        causal=spec.causal,
-    )
 
 
 def _bias(

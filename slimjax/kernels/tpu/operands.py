@@ -71,7 +71,6 @@ class Operands:
     slopes: Float[Array, "M 1"] | None
     bias: Float[Array, "B M C"] | None
     limit: Int32[Array, "B M 1"] | None
-
     in_planes: bool = static(default=False)
 
     @property
@@ -140,11 +139,10 @@ def operands(
     """
     if reason := refusal(spec):
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
-    _, tokens, heads, _ = q.shape
+    tokens = q.shape[1]
     positions = first[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]
     ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec)
     headed, turned = spec.scheme.basis in HEADED, None
-    scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
     if headed:
         rows = _block_diagonal(ready, spec.kv_heads)
         if spec.scheme.basis == "k" and spec.position.rotary:
@@ -159,16 +157,7 @@ def operands(
         found = tokens_in_tiles(cache, codec, positions)
         length = jnp.max(found, axis=1)
         limit = _rows(jnp.broadcast_to(found[:, :, None, None], (*q.shape[:3], 1)), jnp.int32)
-    rules = Rules(
-        heads=heads,
-        tokens=tokens,
-        kv_heads=spec.kv_heads,
-        keys_weigh=spec.scheme.basis != "kv",
-        scale=scale,
-        softcap=spec.softcap,
-        window=spec.window,
-        causal=spec.causal,
-    )
+    rules = rules_of(spec, tokens)
     in_planes = int8 and rules.keys_weigh and _in_planes(keys, spec)
     parted = planes.digits(_rows(rows, jnp.float32)) if in_planes and turned is None else None
     return Operands(
@@ -187,6 +176,20 @@ def operands(
         limit=limit,
         in_planes=in_planes,
     ), rules
+
+
+def rules_of(spec: DecodeSpec, tokens: int) -> Rules:
+    """The static half of a call of so many query tokens."""
+    return Rules(
+        heads=spec.heads,
+        tokens=tokens,
+        kv_heads=spec.kv_heads,
+        keys_weigh=spec.scheme.basis != "kv",
+        scale=spec.head_dim**-0.5 if spec.scale is None else spec.scale,
+        softcap=spec.softcap,
+        window=spec.window,
+        causal=spec.causal,
+    )
 
 
 def _in_planes(keys: Held | Tiled, spec: DecodeSpec) -> bool:
