@@ -20,6 +20,7 @@ from slimjax.attention.reference import Geometry, scores as head_scores, weigh, 
 from slimjax.axes import Keys, Queries, Values
 from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.kernels.spec import DecodeSpec
+from slimjax.numerics import einsum
 
 LIMIT = 127
 
@@ -86,8 +87,9 @@ class Sage:
 
         def add(sum_: Array, start: Int[Array, ""] | int, count: int) -> Array:
             # Slots past a length read as zeros, slots that nobody sees as what they hold.
-            part = rows(start, count)["k"] * jax.lax.dynamic_slice_in_dim(seen, start, count, axis=1)
-            return sum_ + jnp.sum(part, axis=1, keepdims=True)
+            # As a product: XLA on CPU else works a key out anew for each number it adds, three times as long.
+            part = jax.lax.dynamic_slice_in_dim(seen, start, count, axis=1)
+            return sum_ + einsum("bskh,bsuv->bukh", rows(start, count)["k"], part)
 
         summed = fold(slots, size, add, jnp.zeros((batch, 1, kv_heads, width), jnp.float32))
         mean = summed / jnp.maximum(jnp.sum(seen, axis=1, keepdims=True), 1.0)
