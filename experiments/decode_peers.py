@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from experiments.train_bench import torch_peer
 from slimjax import timing
 from slimjax.axes import Keys, Queries, Values
-from slimjax.kernels import pallas_gpu
+from slimjax.kernels.gpu import grid
 
 Step = Callable[[Queries, Keys, Values], Queries]
 DOT = "jax.nn.dot_product_attention"
@@ -129,7 +129,7 @@ def _jax_step(name: str, sizes: Sizes) -> Step:
     if name == TOKAMAX:  # its own kernels: left to itself it would go on to XLA
         return functools.partial(module.dot_product_attention, implementation=("mosaic", "triton"))
     lengths = jnp.full((sizes.batch,), sizes.context, jnp.int32)
-    splits = pallas_gpu.parts(sizes.batch * sizes.kv_heads, sizes.context)  # it does not choose for itself
+    splits = grid.parts(sizes.batch * sizes.kv_heads, sizes.context)  # it does not choose for itself
 
     def flash(q: Queries, k: Keys, v: Values) -> Queries:
         found = module.flash_mha_with_kvcache(q, k, v, cache_seqlens=lengths, num_splits=splits)

@@ -1,16 +1,14 @@
 """The GPU kernel over FlashQ's tiles, interpreted: against the reference, whose integers it has, and the oracle."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_kernels_tpu_flashq as suite
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
+from threaded import alone, run_threaded, threaded
 
 from slimjax import DecodeWeights, decode, parse_scheme
 from slimjax.attention.sas import sas_exp
@@ -61,11 +59,6 @@ def answers(case, q, cache, spec, start, *, races=True):
     return np.asarray(found, np.float64)
 
 
-threaded = pytest.mark.skipif(
-    mosaic.threads() < mosaic.THREADS, reason="run by the test below, in a process of enough threads"
-)
-
-
 @threaded
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_is_the_reference(case):
@@ -96,27 +89,10 @@ def test_it_gives_the_same_twice():
     np.testing.assert_array_equal(once, again)
 
 
-@pytest.mark.skipif(mosaic.threads() >= mosaic.THREADS, reason="this is that process")
+@alone
 def test_in_a_process_of_enough_threads():
-    """The interpreter's warpgroups wait for each other in threads of XLA, which has as many as there are cores."""
     names = ["test_it_is_the_reference", "test_it_gives_the_same_twice"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "0",
-        "-k",
-        " or ".join(names),
-        __file__,
-    ]
-    enough = os.environ | {"NPROC": str(mosaic.THREADS)}
-    done = subprocess.run(command, check=False, env=enough, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert f"{len(CASES) + 1} passed" in done.stdout
+    run_threaded(__file__, names, len(CASES) + 1)
 
 
 def test_with_too_few_threads_it_says_so(monkeypatch):

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float
 
 from slimjax.attention.bases import basis
 from slimjax.attention.compute import compute_text
-from slimjax.attention.masks import visible
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.softmax import sas_of
 from slimjax.axes import Lengths, Queries, typed
@@ -17,19 +16,15 @@ from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.kernels import flashq
 from slimjax.kernels.combine import combine
-from slimjax.kernels.gpu import mosaic, tile_steps
+from slimjax.kernels.gpu import keys, mosaic, tile_steps
+from slimjax.kernels.gpu.grid import ALIGNED, by_key_head, padded, parts
 from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
-from slimjax.kernels.gpu.ring import BLOCK, ROWS, SHARED_LIMIT, Rules
-from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
+from slimjax.kernels.gpu.ring import ROWS, SHARED_LIMIT, Rules
 from slimjax.kernels.gpu.tiles import attend_tiles, memory
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.numerics import MASK
 
 SIZES = (64, 96, 128)  # of heads
-PROCESSORS = 132  # of a H100 or H200; each works on one part of one key head at a time
-START = 4  # blocks of tokens that could be read while a part begins and ends; a guess, not measured
-ALIGNED = 8  # rows: the least that operands of products are cut into
 
 
 @typed
@@ -41,6 +36,7 @@ def decode(
     start: Lengths,
     *,
     splits: int | None = None,
+    passes: int | None = None,
     interpret: Any = None,
 ) -> Queries:
     """As ``slimjax.decode``.
@@ -48,14 +44,17 @@ def decode(
     Args:
         q, cache, weights, spec, start: as there; ``start`` is the position of each sequence's first query.
         splits: parts that a sequence is cut into; None: see ``parts``.
+        passes: how often keys alone are read, 1 or 2; None: once, where a cluster can share their rows.
         interpret: False, or ``mosaic.interpreter()``; None: interpreted where there is no GPU.
 
     Raises:
         NotImplementedError: what the kernels, or the GPU in use, do not serve, with the reason.
-        ValueError: fewer than one part.
+        ValueError: fewer than one part, or passes other than 1 and 2.
         RuntimeError: interpreted with too few threads.
     """
-    reason = refusal(spec, q.shape[1], cache.capacity, biased=weights.k_bias is not None)
+    if passes not in (None, 1, 2):
+        raise ValueError(f"{passes=}: expected 1, 2 or None")
+    reason = refusal(spec, q.shape[1], cache.capacity, biased=weights.k_bias is not None, passes=passes)
     if reason := reason or (None if interpret is not None else _old_gpu()):
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
     if splits is not None and splits < 1:
@@ -70,8 +69,10 @@ def decode(
         window=spec.window,
         causal=spec.causal,
     )
-    way = _tiles if flashq.serves(spec) else _rows
-    out = way(q, cache, weights, spec, start, rules, splits, interpret)
+    if flashq.serves(spec):
+        out = _tiles(q, cache, weights, spec, start, rules, splits, interpret)
+    else:
+        out = _rows(q, cache, weights, spec, start, rules, splits, passes, interpret)
     return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
 
 
@@ -83,13 +84,18 @@ def _rows(
     start: Lengths,
     rules: Rules,
     splits: int | None,
+    passes: int | None,
     interpret: Any,
 ) -> Queries:
     positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec).astype(spec.dtype)
     held = jnp.minimum(cache.length, cache.capacity)  # an overfull cache is NaN: nothing to wait for
-    attend = _slim if spec.scheme.basis == "k" else _plain
-    mixed = attend(ready, cache, held, start, rules, splits, interpret)
+    if spec.scheme.basis == "kv":
+        mixed = _plain(ready, cache, held, start, rules, splits, interpret)
+    else:
+        mixed = keys.attend(
+            ready, cache, held, start, rules, spec, splits=splits, passes=passes, interpret=interpret
+        )
     return basis(spec).finish(mixed, weights, spec).astype(spec.dtype)
 
 
@@ -104,15 +110,11 @@ def _tiles(
     interpret: Any,
 ) -> Queries:
     """Keys and values in FlashQ's tiles; heads of other widths are other calls."""
-    if interpret is not False and (few := mosaic.threads()) < mosaic.THREADS:
-        raise RuntimeError(
-            f"interpreted over FlashQ's tiles, threads of XLA wait for each other, and {few} are too few: set the "
-            f"environment's NPROC={mosaic.THREADS} before JAX starts"
-        )
+    mosaic.enough_threads(mosaic.THREADS, "over FlashQ's tiles", interpret)
     of = flashq.question(q, cache, spec, start)
     batch, kv_heads, *rows, size = of.asked.codes.shape
     queries, limit = math.prod(rows), jnp.minimum(of.limit, cache.capacity)
-    codes = _padded(of.asked.codes.reshape(batch, kv_heads, queries, size)).astype(jnp.bfloat16)
+    codes = padded(of.asked.codes.reshape(batch, kv_heads, queries, size)).astype(jnp.bfloat16)
     scale = of.asked.scale.reshape(batch, kv_heads, queries)
     scale = jnp.pad(scale, ((0, 0), (0, 0), (0, ROWS - queries)))
     found, head = [], 0
@@ -179,11 +181,11 @@ def _plain(
     interpret: Any,
 ) -> Float[Array, "B T N H"]:
     """Keys and values."""
-    rows = _by_key_head(q, rules)
+    rows = by_key_head(q, rules)
     splits = parts(rows.shape[0] * rows.shape[1], cache.capacity) if splits is None else splits
-    keys, values = (cache.streams[name].leaves[0] for name in ("k", "v"))
+    rows_of_keys, values = (cache.streams[name].leaves[0] for name in ("k", "v"))
     answers, log_sums = attend_heads(
-        rows, keys, values, length, start, rules, splits=splits, interpret=interpret
+        rows, rows_of_keys, values, length, start, rules, splits=splits, interpret=interpret
     )
     mixed, _ = combine(answers, log_sums[..., : rows.shape[2]])
     mixed = mixed[:, :, : rules.tokens * rules.group]
@@ -191,56 +193,9 @@ def _plain(
     return mixed.reshape(q.shape)
 
 
-def _slim(
-    q: Queries,
-    cache: Cache,
-    length: Lengths,
-    start: Lengths,
-    rules: Rules,
-    splits: int | None,
-    interpret: Any,
-) -> Float[Array, "B T N E"]:
-    """Keys alone, weighed as whole rows. A bias of the keys moves all scores of a query alike, and is left out."""
-    batch, tokens, heads, _ = q.shape
-    keys, rows = cache.streams["k"].leaves[0], _by_key_head(q, rules)
-    first = parts(batch * rows.shape[1], cache.capacity) if splits is None else splits
-    raw = score_rows(rows, keys, length, start, rules, splits=first, interpret=interpret)
-    raw = raw[:, :, : tokens * rules.group].reshape(batch, -1, tokens, rules.group, raw.shape[-1])
-    p = _softmax(raw * rules.scale, length, start, rules).swapaxes(1, 2)
-    p = _padded(p.reshape(batch, tokens * heads, -1).astype(keys.dtype))
-    columns = batch * keys.shape[2] // column_width(keys.shape[2])
-    second = parts(columns, cache.capacity) if splits is None else splits
-    mixed = weigh_rows(p, keys, length, start, rules, splits=second, interpret=interpret).sum(axis=0)
-    return mixed[:, : tokens * heads].reshape(batch, tokens, heads, -1)
-
-
-def _softmax(
-    scores: Float[Array, "B K T G S"], length: Lengths, start: Lengths, rules: Rules
-) -> Float[Array, "B K T G S"]:
-    """Weights; 0 where a query does not see, whatever is there."""
-    if rules.softcap is not None:
-        scores = rules.softcap * jnp.tanh(scores / rules.softcap)
-    positions = start[:, None] + jnp.arange(rules.tokens, dtype=jnp.int32)[None]
-    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-    seen = visible(positions, slots, length, causal=rules.causal, window=rules.window)[:, :, :, None]
-    peak = jnp.max(jnp.where(seen, scores, MASK), axis=-1, keepdims=True)
-    p = jnp.where(seen, jnp.exp(scores - peak), 0.0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    return p / jnp.where(total == 0, 1.0, total)
-
-
-def _by_key_head(q: Queries, rules: Rules) -> Float[Array, "B K R H"]:
-    """Queries as rows of the key heads that they meet, token by token, filled up."""
-    batch, tokens, heads, size = q.shape
-    rows = q.reshape(batch, tokens, heads // rules.group, rules.group, size).swapaxes(1, 2)
-    return _padded(rows.reshape(batch, heads // rules.group, tokens * rules.group, size))
-
-
-def _padded(rows: Float[Array, "*B M W"]) -> Float[Array, "*B R W"]:
-    return jnp.pad(rows, (*[(0, 0)] * (rows.ndim - 2), (0, -rows.shape[-2] % ALIGNED), (0, 0)))
-
-
-def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = False) -> str | None:
+def refusal(
+    spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = False, passes: int | None = None
+) -> str | None:
     """Why no kernel serves this spec, so many query tokens and slots, or None. ``biased``: keys have a bias."""
     scheme = spec.scheme
     if flashq.serves(spec):
@@ -256,9 +211,9 @@ def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = Fals
         stream = codec.stream(name)
         if not isinstance(stream, FloatCodec) or stream.kind != "bf16":
             return f"codec {scheme.codec} has no kernel for GPUs; it has bf16, and of kv flashq"
-    if scheme.basis == "k" and (reason := _slim_refusal(spec, biased)):
+    if reason := _shape_refusal(spec, tokens, capacity):
         return reason
-    return _shape_refusal(spec, tokens, capacity)
+    return keys.refusal(spec, tokens, biased=biased, passes=passes) if scheme.basis == "k" else None
 
 
 def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
@@ -271,11 +226,10 @@ def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
         return f"{spec.head_dim=} has no kernel for GPUs; it has {', '.join(map(str, SIZES))}"
     if capacity % ALIGNED:
         return f"a cache of {capacity} slots has no kernel for GPUs; take a multiple of {ALIGNED}"
-    heads, of = (spec.heads, "a token") if spec.scheme.basis == "k" else (spec.group, "a key head")
-    if tokens * heads > ROWS:
+    if spec.scheme.basis != "k" and tokens * spec.group > ROWS:
         return (
-            f"{tokens} query tokens of {heads} heads {of} are more than {ROWS} rows; "
-            f"decode at most {ROWS // heads} at a time"
+            f"{tokens} query tokens of {spec.group} heads a key head are more than {ROWS} rows; "
+            f"decode at most {ROWS // spec.group} at a time"
         )
     return None
 
@@ -302,35 +256,9 @@ def _tiles_refusal(spec: DecodeSpec, tokens: int) -> str | None:
     return None
 
 
-def _slim_refusal(spec: DecodeSpec, biased: bool) -> str | None:
-    """Why keys alone are not served, or None."""
-    if spec.scheme.option == 1:
-        return "option 1 rebuilds rows, which takes more time than reading them; use k2"
-    if spec.scheme.extra:
-        return "extra coordinates have no kernel for GPUs"
-    if spec.position.rotary:
-        return "RoPE on keys cached before it has no kernel for GPUs"
-    if biased and spec.softcap is not None:
-        return "a key bias under a softcap has no kernel for GPUs"
-    return None
-
-
 def _old_gpu() -> str | None:
     """Why the kernels do not run on the GPU in use, or None; also None where there is none."""
     if jax.default_backend() != "gpu":
         return None
     found = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
     return None if found == "9.0" else f"compute capability {found}: the kernels are for 9.0 (Hopper)"
-
-
-def parts(heads: int, capacity: int, block: int = BLOCK) -> int:
-    """Parts for so many sequences x key heads and slots: those that the last processor is soonest done with.
-
-    Each processor takes one part at a time, and as long as ``START`` blocks of tokens to begin and end it.
-    """
-    blocks = math.ceil(capacity / block)
-
-    def time(splits: int) -> int:
-        return math.ceil(heads * splits / PROCESSORS) * (math.ceil(blocks / splits) + START)
-
-    return min(range(1, min(blocks, PROCESSORS) + 1), key=time)

@@ -145,7 +145,7 @@ def _step(
     keys = ring.take(shared, "keys", j)
     raw = mosaic.product(shared["q"], keys, turned=True, interpreted=interpreted)
     ring.give(shared, "keys", j)
-    raw = _masked(_capped(raw, rules), token, place, rules, interpreted)
+    raw = _masked(capped(raw, rules), token, place, rules, interpreted)
 
     now = jnp.maximum(peak, raw.max(axis=1))
     level = jnp.where(now == -jnp.inf, 0.0, now)  # of rows that have seen nothing: not inf - inf
@@ -164,7 +164,7 @@ def _across(by_row: Array, like: Array) -> Array:
     return jax.lax.broadcast_in_dim(by_row, like.shape, (0,))
 
 
-def _capped(raw: Array, rules: Rules) -> Array:
+def capped(raw: Array, rules: Rules) -> Array:
     """Scores times log2(e)."""
     if rules.softcap is None:
         return raw * (rules.scale * LOG2E)
@@ -173,25 +173,15 @@ def _capped(raw: Array, rules: Rules) -> Array:
 
 def _masked(raw: Array, token: Any, place: Place, rules: Rules, interpreted: bool) -> Array:
     """Scores from ``token`` on, minus infinity where a row does not see."""
-    partly = token + BLOCK > place.length
-    if rules.causal:
-        partly |= token + (BLOCK - 1) > place.first
-    if rules.window is not None:
-        partly |= token <= place.first + (rules.tokens - 1 - rules.window)
 
     def mask(raw: Array) -> Array:
         at = token + mosaic.iota(raw.shape, 1, interpreted=interpreted)
         query = place.first
         if rules.tokens > 1:
             query += jax.lax.div(mosaic.iota(raw.shape, 0, interpreted=interpreted), jnp.int32(rules.group))
-        seen = at < place.length
-        if rules.causal:
-            seen &= at <= query
-        if rules.window is not None:
-            seen &= at > query - rules.window
-        return jnp.where(seen, raw, -jnp.inf)
+        return jnp.where(rules.sees(at, query, place.length), raw, -jnp.inf)
 
-    return jax.lax.cond(partly, mask, lambda raw: raw, raw)
+    return jax.lax.cond(rules.partly(token, place), mask, lambda raw: raw, raw)
 
 
 def _finish(

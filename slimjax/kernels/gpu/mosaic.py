@@ -5,6 +5,7 @@ that of jax 0.10 knows neither layouts of registers nor transposed operands.
 """
 
 import importlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 OLD = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10
 _HOME = "jax._src.pallas.mosaic_gpu.interpret.params" if OLD else "jax.experimental.pallas.mosaic_gpu"
+_load: Any = plgpu.load  # in jax 0.10 with one argument more, and not called there
 THREADS = 16  # that the interpreter wants of a large kernel
 _Parameters: Any = importlib.import_module(_HOME).InterpretGPUParams
 
@@ -35,17 +37,29 @@ def threads() -> int:
     return int(asked) if asked.isdecimal() else os.cpu_count() or 1
 
 
+def enough_threads(needed: int, where: str, interpret: Any) -> None:
+    """Raise RuntimeError where the interpreter's warpgroups would wait for each other for ever."""
+    if interpret is not False and (few := threads()) < needed:
+        raise RuntimeError(
+            f"interpreted {where}, threads of XLA wait for each other, and {few} are too few: set the environment's "
+            f"NPROC={needed} before JAX starts"
+        )
+
+
 def call(
     body: Callable[..., None],
     *,
     out: Sequence[jax.ShapeDtypeStruct],
     scratch: dict[str, Any],
     grid: dict[str, int],
+    cluster: dict[str, int] | None = None,
     groups: int,
     interpret: Any,
     name: str,
 ) -> Callable[..., Any]:
     """A kernel on a grid of named axes, ``groups`` warpgroups (axis "group") a block.
+
+    cluster: the named axis of blocks that run side by side, or none do.
 
     interpret: False, or what ``interpreter`` gives.
     """
@@ -55,6 +69,8 @@ def call(
         scratch_types=(scratch,),
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
+        cluster=tuple((cluster or {}).values()),
+        cluster_names=tuple(cluster or {}),
         num_threads=groups,
         thread_name="group",
         compiler_params=plgpu.CompilerParams(
@@ -96,14 +112,26 @@ def full_columns(count: int, value: float, *, interpreted: bool) -> jax.Array:
     return _laid(jnp.full((count,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(0), interpreted)
 
 
-def by_column(ref: Any, *, interpreted: bool) -> jax.Array:
-    """Numbers of columns, [n], from shared memory, to be broadcast to the results of products."""
+def by_column(ref: Any, *, far: bool = False, interpreted: bool) -> jax.Array:
+    """Numbers of columns, [n], to be broadcast to products' results; from shared, or with ``far`` global, memory."""
+    if far and not interpreted:
+        return _load(ref, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
     return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA.reduce(0), interpreted)
 
 
 def load(ref: Any, *, interpreted: bool) -> jax.Array:
     """Rows from shared memory, [64, n] of any width, in the layout of the results and operands of products."""
     return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA, interpreted)
+
+
+def load_columns(ref: Any, columns: Any, *, interpreted: bool) -> jax.Array:
+    """Columns of rows that lie one behind the other in shared memory, [64, ...], in the same layout."""
+    if interpreted:
+        return _read(ref, interpreted).reshape(ref.shape[0], -1)[
+            :, columns.start : columns.start + columns.size
+        ]
+    flat = ref.reshape(ref.shape[0], math.prod(ref.shape[1:])).at[:, columns]
+    return _load(flat, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def _read(ref: Any, interpreted: bool) -> jax.Array:
@@ -115,17 +143,25 @@ def _read(ref: Any, interpreted: bool) -> jax.Array:
     return held
 
 
-def turned_product(a: Any, b: Any, *, interpreted: bool) -> jax.Array:
-    """a [k, m] transposed times b [n, k] transposed, both in shared memory; [m, n] float32, finished."""
+def turned_product(a: Any, b: Any, *, onto: jax.Array | None = None, interpreted: bool) -> jax.Array:
+    """a [k, m] transposed times b [n, k] transposed, both in shared memory, added to ``onto``; [m, n] float32."""
     if interpreted:
         left, right = a[...].T, b[...].T
         plgpu.commit_smem()
-        return jnp.dot(left, right, preferred_element_type=jnp.float32)
+        new = jnp.dot(left, right, preferred_element_type=jnp.float32)
+        return new if onto is None else onto + new
 
     def multiply(sums: Any) -> jax.Array:
         plgpu.wgmma(sums, a.transpose((1, 0)), b.transpose((1, 0)))
         return sums[...]
 
+    def add(sums: Any) -> None:
+        plgpu.wgmma(sums, a.transpose((1, 0)), b.transpose((1, 0)))
+        plgpu.wgmma_wait(0)
+
+    if onto is not None:  # in the registers that it has already
+        sums: Any = plgpu.WGMMAAccumulatorRef.init(onto)
+        return pl.run_state(add)(sums)
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[1], b.shape[0]), jnp.float32))
 
 

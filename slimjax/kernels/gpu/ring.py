@@ -22,6 +22,7 @@ READERS = 2  # warpgroups that multiply
 SHARED_LIMIT = 232_448  # bytes of shared memory that a block of threads may take
 BUFFERS = 144 * 1024  # bytes of shared memory for rows on their way; queries and answers take 40 to 80 KiB
 LOADING, READING = 40, 232  # registers of a thread
+CLEARED = 64  # columns of a block that are in registers at a time while it is cleared
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,24 @@ class Rules:
     softcap: float | None
     window: int | None
     causal: bool
+
+    def sees(self, token: Any, query: Any, length: Any) -> Any:
+        """Whether queries at these positions see these tokens."""
+        seen = token < length
+        if self.causal:
+            seen &= token <= query
+        if self.window is not None:
+            seen &= token > query - self.window
+        return seen
+
+    def partly(self, token: Any, place: "Place") -> Any:
+        """Whether some row does not see all of the block that begins at ``token``."""
+        hidden = token + BLOCK > place.length
+        if self.causal:
+            hidden |= token + (BLOCK - 1) > place.first
+        if self.window is not None:
+            hidden |= token <= place.first + (self.tokens - 1 - self.window)
+        return hidden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +162,11 @@ def clear(rows: Any, token: Any, length: Any, *, interpreted: bool) -> None:
 
     @pl.when(token + BLOCK > length)
     def ragged() -> None:
-        inside = token + mosaic.iota(rows.shape, 0, interpreted=interpreted) < length
-        held = rows[...]
-        rows[...] = jnp.where(inside, held, jnp.zeros_like(held))
+        width = rows.shape[1]
+        step = CLEARED if width % CLEARED == 0 else width
+        for start in range(0, width, step):
+            part = rows.at[:, pl.ds(start, step)]
+            inside = token + mosaic.iota(part.shape, 0, interpreted=interpreted) < length
+            held = part[...]
+            part[...] = jnp.where(inside, held, jnp.zeros_like(held))
         plgpu.commit_smem()

@@ -1,0 +1,166 @@
+"""Attention on keys alone (slim attention's option 2) by kernels for Hopper: in one pass by clusters, or in two."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slimjax.attention.masks import visible
+from slimjax.axes import Lengths, Queries
+from slimjax.cache import Cache
+from slimjax.kernels.combine import combine
+from slimjax.kernels.gpu import mosaic
+from slimjax.kernels.gpu.grid import PROCESSORS, by_key_head, padded, parts
+from slimjax.kernels.gpu.ring import ROWS, Rules
+from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
+from slimjax.kernels.gpu.share import GROUPS, Share, share
+from slimjax.kernels.gpu.slim import attend_keys
+from slimjax.kernels.spec import DecodeSpec
+from slimjax.numerics import MASK
+
+Plan = tuple[int, Share]  # query tokens that are decoded together, and how a cluster shares their keys
+
+
+def plan(spec: DecodeSpec, tokens: int, passes: int | None) -> Plan | None:
+    """How keys are read in one pass, or None: in two.
+
+    More query tokens than a cluster can hold the sums of are decoded in turn, each with a pass of its own: only where
+    two passes are none, or are not wanted.
+    """
+    if mosaic.OLD or passes == 2:
+        return None
+    for count in (each for each in range(tokens, 0, -1) if tokens % each == 0):
+        if part := share(spec.kv_heads, spec.head_dim, count * spec.group, rotary=spec.position.rotary):
+            return (count, part) if count == tokens or spec.position.rotary or passes == 1 else None
+    return None
+
+
+def refusal(spec: DecodeSpec, tokens: int, *, biased: bool, passes: int | None) -> str | None:
+    """Why keys alone are not served, or None."""
+    if spec.scheme.option == 1:
+        return "option 1 rebuilds rows, which takes more time than reading them; use k2"
+    if spec.scheme.extra:
+        return "extra coordinates have no kernel for GPUs"
+    if biased and (spec.position.rotary or spec.softcap is not None):
+        return f"a key bias under {'RoPE' if spec.position.rotary else 'a softcap'} has no kernel for GPUs"
+    if spec.position.rotary and spec.position.interleaved:
+        return "RoPE of neighbouring coordinates, on keys cached before it, has no kernel for GPUs"
+    if plan(spec, tokens, passes) is not None:
+        return None
+    if passes == 1 or spec.position.rotary:
+        return _unshared(spec, passes)
+    if tokens * spec.heads > ROWS:
+        return (
+            f"{tokens} query tokens of {spec.heads} heads a token are more than {ROWS} rows; decode at most "
+            f"{ROWS // spec.heads} at a time"
+        )
+    return None
+
+
+def _unshared(spec: DecodeSpec, passes: int | None) -> str:
+    kind = "keys cached before RoPE" if spec.position.rotary else "keys read in one pass"
+    if passes == 2:
+        return f"{kind} have no kernel for GPUs in two passes"
+    if mosaic.OLD:
+        return f"{kind} have no kernel for GPUs under jax 0.10; use 0.11 or newer"
+    return (
+        f"{kind}, {spec.kv_heads} heads of {spec.head_dim} for {spec.heads} query heads, are more than a cluster of 8 "
+        "blocks of threads shares"
+    )
+
+
+def attend(
+    q: Queries,
+    cache: Cache,
+    length: Lengths,
+    start: Lengths,
+    rules: Rules,
+    spec: DecodeSpec,
+    *,
+    splits: int | None,
+    passes: int | None,
+    interpret: Any,
+) -> Float[Array, "B T N E"]:
+    """Keys weighed as whole rows. A bias of the keys moves all scores of a query alike, and is left out.
+
+    Raises RuntimeError interpreted with too few threads.
+    """
+    keys, found = cache.streams["k"].leaves[0], plan(spec, q.shape[1], passes)
+    if found is None:
+        return _twice(q, keys, length, start, rules, splits, interpret)
+    count, part = found
+    mosaic.enough_threads(part.blocks * GROUPS, "with keys alone in one pass", interpret)
+    mixed = [
+        _once(q[:, at : at + count], keys, length, start + at, rules, spec, part, splits, interpret)
+        for at in range(0, q.shape[1], count)
+    ]
+    return jnp.concatenate(mixed, axis=1)
+
+
+def _once(
+    q: Queries,
+    keys: Float[Array, "B S E"],
+    length: Lengths,
+    start: Lengths,
+    rules: Rules,
+    spec: DecodeSpec,
+    part: Share,
+    splits: int | None,
+    interpret: Any,
+) -> Float[Array, "B T N E"]:
+    batch, tokens, heads, size = q.shape
+    own = part.width // size
+    rows = q.reshape(batch, tokens, part.blocks, own, rules.group, 1, size)
+    mine = rows * jnp.eye(own, dtype=q.dtype).reshape(1, 1, 1, own, 1, own, 1)  # in the columns of its own head
+    mine = jnp.moveaxis(mine, 2, 1).reshape(batch, part.blocks, -1, part.width)
+    count = mine.shape[2]
+    mine = jnp.pad(mine, ((0, 0), (0, 0), (0, part.rows - count), (0, 0)))
+    if splits is None:
+        splits = parts(batch, keys.shape[1], processors=PROCESSORS // part.blocks)
+    few = dataclasses.replace(rules, tokens=tokens)
+    answers, log_sums = attend_keys(
+        mine, keys, length, start, few, spec.position, part, splits=splits, interpret=interpret
+    )
+    mixed, _ = combine(jnp.swapaxes(answers, 2, 3), log_sums)
+    mixed = mixed.reshape(batch, part.blocks, part.held, -1)[:, :, :count]
+    mixed = mixed.reshape(batch, part.blocks, tokens, own * rules.group, -1)
+    return jnp.swapaxes(mixed, 1, 2).reshape(batch, tokens, heads, -1)
+
+
+def _twice(
+    q: Queries,
+    keys: Float[Array, "B S E"],
+    length: Lengths,
+    start: Lengths,
+    rules: Rules,
+    splits: int | None,
+    interpret: Any,
+) -> Float[Array, "B T N E"]:
+    """The second pass finds in L2 what there is room for."""
+    batch, tokens, heads, _ = q.shape
+    rows = by_key_head(q, rules)
+    first = parts(batch * rows.shape[1], keys.shape[1]) if splits is None else splits
+    raw = score_rows(rows, keys, length, start, rules, splits=first, interpret=interpret)
+    raw = raw[:, :, : tokens * rules.group].reshape(batch, -1, tokens, rules.group, raw.shape[-1])
+    p = _softmax(raw * rules.scale, length, start, rules).swapaxes(1, 2)
+    p = padded(p.reshape(batch, tokens * heads, -1).astype(keys.dtype))
+    columns = batch * keys.shape[2] // column_width(keys.shape[2])
+    second = parts(columns, keys.shape[1]) if splits is None else splits
+    mixed = weigh_rows(p, keys, length, start, rules, splits=second, interpret=interpret).sum(axis=0)
+    return mixed[:, : tokens * heads].reshape(batch, tokens, heads, -1)
+
+
+def _softmax(
+    scores: Float[Array, "B K T G S"], length: Lengths, start: Lengths, rules: Rules
+) -> Float[Array, "B K T G S"]:
+    """Weights; 0 where a query does not see, whatever is there."""
+    if rules.softcap is not None:
+        scores = rules.softcap * jnp.tanh(scores / rules.softcap)
+    positions = start[:, None] + jnp.arange(rules.tokens, dtype=jnp.int32)[None]
+    slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    seen = visible(positions, slots, length, causal=rules.causal, window=rules.window)[:, :, :, None]
+    peak = jnp.max(jnp.where(seen, scores, MASK), axis=-1, keepdims=True)
+    p = jnp.where(seen, jnp.exp(scores - peak), 0.0)
+    total = jnp.sum(p, axis=-1, keepdims=True)
+    return p / jnp.where(total == 0, 1.0, total)

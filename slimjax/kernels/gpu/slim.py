@@ -1,0 +1,198 @@
+"""Slim attention's option 2 on Hopper in one pass: every key is read once, for its scores and as what they weigh.
+
+    s[m, c] = q[m] . R(c) k[c, head of m] * scale       p = softmax(s)       out[m] = sum_c p[m, c] k[c]
+
+R(c) is RoPE's turn, which the second use of a key does not have. The sum has E = K*H columns for every query row, so
+no block of threads can hold it. A cluster does: each of its C blocks owns E/C columns, whole heads of them, and holds
+them in shared memory while scores go round. Warpgroups of a block and 64 tokens:
+
+    loader   brings its columns, in pieces; brings the scores of all heads once all blocks have written theirs
+    scorer   s^T = k q^T of its own heads, written to global memory, which is to say to L2; tells the cluster
+    mixers   two, for half of the columns each: softmax of all heads, out^T += k^T p^T from the same pieces
+
+* Products are turned: tokens, or columns, are their 64 rows, and queries their columns, 8 at least. Queries of a block
+  stand in their own head's rows, zeros elsewhere, so that one product over all of its columns is the scores.
+* Scores are no more than 4*M bytes of a key's 2*E, so what goes round is small; each block does the same softmax.
+* RoPE turns keys in registers, halves of a head against each other, by angles of the block's start and of the tokens
+  in it. Rounded to bfloat16 again, as turned keys in a cache would be.
+* Ahead of the mixers there is room for one more block of tokens and a part of the next: scores of a block go round
+  while the next comes. A block's scores have a place of their own in global memory: nobody overwrites what another
+  still reads.
+
+Bytes a token: 2*E of keys, half of an ordinary cache's; 4*M written and 4*M*C read of scores, for M query rows (8 to
+64), mostly within L2; once a part 4*E*M. FLOPs: 2*E*M*(1 + 1/C).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float
+
+from slimjax.attention.positions import Position
+from slimjax.axes import Lengths
+from slimjax.kernels.gpu import mosaic, ring
+from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
+from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, TURNED, Share
+from slimjax.kernels.gpu.slim_steps import mix, score
+
+LOADING, SCORING, MIXING = 56, 168, 144  # registers of a thread; 512 for the four
+
+
+def attend_keys(
+    q: BFloat16[Array, "B C R W"],
+    keys: BFloat16[Array, "B S E"],
+    length: Lengths,
+    first: Lengths,
+    rules: Rules,
+    position: Position,
+    part: Share,
+    *,
+    splits: int,
+    interpret: Any = False,
+) -> tuple[Float[Array, "P B E M"], Float[Array, "P B M"]]:
+    """Answers, turned, and log-sums of P = ``splits`` parts of each sequence, float32; of no key: 0 and ``MASK``.
+
+    q: rows of each block's heads, in the columns of their own head and else zero. S is a multiple of 8. ``first``:
+    position of each sequence's first query. ``interpret``: False, or ``mosaic.interpreter()``.
+    """
+    batch, capacity, width = keys.shape
+    blocks = -(-capacity // BLOCK)
+    angles = _angles(position, part.size, blocks) if part.rotary else {}
+    names = tuple(angles)
+
+    def body(length: Any, first: Any, q: Any, keys: Any, *rest: Any) -> None:
+        turning, (out, log_sums, scores, shared) = dict(zip(names, rest, strict=False)), rest[len(names) :]
+        arrays = {"q": q, "keys": keys, "scores": scores, **turning}
+        _kernel(length, first, arrays, out, log_sums, shared, rules, part, splits, interpret is not False)
+
+    out, log_sums, _ = mosaic.call(
+        body,
+        out=(
+            jax.ShapeDtypeStruct((splits, batch, width, part.queries), jnp.float32),
+            jax.ShapeDtypeStruct((splits, batch, part.queries), jnp.float32),
+            jax.ShapeDtypeStruct((batch, blocks * BLOCK, part.blocks, part.rows), jnp.float32),
+        ),
+        scratch=_shared(part),
+        grid={"part": splits, "sequence": batch},
+        cluster={"column": part.blocks},
+        groups=GROUPS,
+        interpret=interpret,
+        name="slimjax_keys",
+    )(length, first, q, keys, *angles.values())
+    return out, log_sums
+
+
+def _angles(position: Position, size: int, blocks: int) -> dict[str, Array]:
+    """Cosines and sines of RoPE's angles, made in float64: of 64 tokens [64, H/2], of blocks' starts [blocks, H/2]."""
+    frequency = position.theta ** (-np.arange(0, size, 2) / size)
+    places = {"": np.arange(BLOCK), "start_": np.arange(blocks) * BLOCK}
+    return {
+        f"{name}{function.__name__}": jnp.asarray(function(each[:, None] * frequency), jnp.float32)
+        for name, each in places.items()
+        for function in (np.cos, np.sin)
+    }
+
+
+def _shared(part: Share) -> dict[str, Any]:
+    """Shared memory and barriers; ``share`` counts their bytes."""
+    step = TURNED[part.size] if part.rotary else None
+    shared = {
+        "q": mosaic.tiled((part.rows, part.width), jnp.bfloat16, columns=step),
+        "q_ready": plgpu.Barrier(),
+        "keys": mosaic.tiled((part.slots, BLOCK, part.piece), jnp.bfloat16, columns=step),
+        "keys_ready": plgpu.Barrier(num_barriers=part.slots),
+        "keys_free": plgpu.Barrier(num_barriers=part.slots, num_arrivals=MIXERS),
+        "sent": mosaic.tiled((BLOCK, part.rows), jnp.float32),
+        "met": plgpu.ClusterBarrier(collective_axes=("column",), num_barriers=part.ahead),
+        "scores": plgpu.SMEM((BLOCK, part.blocks, part.held), jnp.float32),
+        "scores_ready": plgpu.Barrier(),
+        "scores_free": plgpu.Barrier(),
+        "p": mosaic.tiled((part.queries, BLOCK), jnp.bfloat16, columns=step),
+        **{name: plgpu.SMEM((part.queries,), jnp.float32) for name in ("factor", "peak", "total")},
+        "p_ready": plgpu.Barrier(),
+        "p_free": plgpu.Barrier(num_arrivals=MIXERS),
+    }
+    if part.rotary:
+        table = mosaic.tiled((BLOCK, part.size // 2), jnp.float32, columns=step)
+        shared |= {"cos": table, "sin": table, "angles_ready": plgpu.Barrier(num_barriers=2)}
+    return shared
+
+
+def _kernel(
+    # inputs, all in global memory: [B], [B]; q [B, C, R, W], keys [B, S, E], scores [B, S, C, R], angles
+    length: Any,
+    first: Any,
+    arrays: dict[str, Any],
+    # outputs: [P, B, E, M], [P, B, M]
+    out: Any,
+    log_sums: Any,
+    # shared memory and barriers, by name
+    shared: dict[str, Any],
+    # static
+    rules: Rules,
+    part: Share,
+    splits: int,
+    interpreted: bool,
+) -> None:
+    place, group = ring.place(length, first, rules, splits), jax.lax.axis_index("group")
+
+    @pl.when(group == LOADER)
+    def load() -> None:
+        plgpu.set_max_registers(LOADING, action="decrease")
+        _load(arrays, shared, place, part)
+
+    @pl.when(group == SCORER)
+    def meet() -> None:
+        plgpu.set_max_registers(SCORING, action="increase")
+        score(arrays, log_sums, shared, place, rules, part, interpreted)
+
+    @pl.when(group < MIXERS)
+    def add() -> None:
+        plgpu.set_max_registers(MIXING, action="increase")
+        mix(out, shared, place, group, part, interpreted)
+
+
+def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Share) -> None:
+    plgpu.copy_gmem_to_smem(arrays["q"].at[place.sequence, place.column], shared["q"], shared["q_ready"])
+    for index, name in enumerate(("cos", "sin") if part.rotary else ()):
+        plgpu.copy_gmem_to_smem(arrays[name], shared[name], shared["angles_ready"].at[index])
+
+    def fetch(j: Any) -> None:
+        """Bring the scores of all heads."""
+        plgpu.barrier_wait(shared["met"].at[jax.lax.rem(j, jnp.int32(part.ahead))])
+
+        @pl.when(j > 0)
+        def wait() -> None:
+            plgpu.barrier_wait(shared["scores_free"])
+
+        tokens = ring.rows_of(place.start + j)
+        source = arrays["scores"].at[place.sequence, tokens, :, pl.ds(0, part.held)]
+        plgpu.copy_gmem_to_smem(source, shared["scores"], shared["scores_ready"])
+
+    @pl.loop(0, place.count)
+    def bring(j: Any) -> None:
+        tokens = ring.rows_of(place.start + j)
+
+        @pl.loop(0, part.pieces)
+        def piece(index: Any) -> None:
+            slot = part.slot(j, index)
+
+            @pl.when(j * part.pieces + index >= part.slots)
+            def wait() -> None:
+                plgpu.barrier_wait(shared["keys_free"].at[slot])
+
+            columns = pl.ds(place.column * part.width + index * part.piece, part.piece)
+            source = arrays["keys"].at[place.sequence, tokens, columns]
+            plgpu.copy_gmem_to_smem(source, shared["keys"].at[slot], shared["keys_ready"].at[slot])
+
+        @pl.when(j > 0)
+        def before() -> None:
+            fetch(j - 1)
+
+    @pl.when(place.count > 0)
+    def last() -> None:
+        fetch(place.count - 1)

@@ -1,0 +1,222 @@
+"""What the warpgroups of ``slim`` do with a block of 64 tokens: turn and meet its keys, weigh them, add them up.
+
+Arrays of scores and weights are [64, M]: a row is a token, a column a query.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+from slimjax.kernels.gpu import mosaic, ring
+from slimjax.kernels.gpu.heads import LOG2E, capped
+from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
+from slimjax.kernels.gpu.share import MIXERS, TURNED, Share
+from slimjax.numerics import MASK
+
+COLUMNS = 32  # of scores that are in registers at a time
+
+Refs = dict[str, Any]
+
+
+def score(
+    arrays: Refs, log_sums: Any, shared: Refs, place: Place, rules: Rules, part: Share, interpreted: bool
+) -> None:
+    """The scorer: scores of its own heads, and, while they go round, weights of all heads of the block before."""
+    plgpu.barrier_wait(shared["q_ready"])
+    for index in range(2 if part.rotary else 0):
+        plgpu.barrier_wait(shared["angles_ready"].at[index])
+    _begin(shared, part, interpreted)
+
+    def weights(j: Any) -> None:
+        _weights(j, shared, place, rules, part, interpreted)
+
+    @pl.loop(0, place.count)
+    def step(j: Any) -> None:
+        shared["sent"][...] = _met(arrays, shared, j, place, part, interpreted)
+        plgpu.commit_smem()
+        target = arrays["scores"].at[place.sequence, ring.rows_of(place.start + j), place.column]
+        plgpu.copy_smem_to_gmem(shared["sent"], target)
+        pl.when(j > 0)(lambda: weights(j - 1))
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(shared["met"].at[jax.lax.rem(j, jnp.int32(part.ahead))])
+
+    @pl.when(place.count > 0)
+    def last() -> None:
+        weights(place.count - 1)
+        plgpu.barrier_wait(shared["p_free"])
+
+    _end(log_sums, shared, place, part, interpreted)
+
+
+def _begin(shared: Refs, part: Share, interpreted: bool) -> None:
+    for name, value in (("peak", -jnp.inf), ("total", 0.0)):
+        shared[name][...] = mosaic.full_columns(part.queries, value, interpreted=interpreted)
+    plgpu.commit_smem()
+
+
+def _end(log_sums: Any, shared: Refs, place: Place, part: Share, interpreted: bool) -> None:
+    """What the mixers' sums are divided by, and the log-sums."""
+    peak, total = (mosaic.by_column(shared[name], interpreted=interpreted) for name in ("peak", "total"))
+    sees = total > 0
+    whole = jnp.where(sees, total, 1.0)
+    shared["factor"][...] = 1 / whole
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(shared["p_ready"])
+
+    @pl.when(place.column == 0)
+    def once() -> None:
+        shared["peak"][...] = jnp.where(sees, peak / LOG2E + jnp.log(whole), MASK)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(shared["peak"], log_sums.at[place.part, place.sequence])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _met(arrays: Refs, shared: Refs, j: Any, place: Place, part: Share, interpreted: bool) -> Array:
+    """k q^T of the block's own heads, [64, R]."""
+    block, none = place.start + j, mosaic.full((BLOCK, part.rows), 0.0, interpreted=interpreted)
+
+    def held(index: Any) -> tuple[Any, Any]:
+        return shared["keys"].at[part.slot(j, index)], pl.ds(index * part.piece, part.piece)
+
+    @pl.loop(0, part.pieces)
+    def wait(index: Any) -> None:
+        plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
+        # Here rather than by a mixer, all of whose registers are taken.
+        ring.clear(held(index)[0], block * BLOCK, place.length, interpreted=interpreted)
+
+    def met(index: Any, sums: Array) -> Array:
+        keys, columns = held(index)
+        queries = shared["q"].at[:, columns]
+        return sums + mosaic.product(keys, queries, turned=True, interpreted=interpreted)
+
+    if not part.rotary:
+        return jax.lax.fori_loop(0, part.pieces, met, none)
+    sums, width = none, TURNED[part.size]
+    for first in range(0, part.size // 2, width):
+        turn = _turn(arrays, shared, block, pl.ds(first, width), interpreted)
+
+        def turned(index: Any, sums: Array, first: int = first, turn: tuple[Array, Array] = turn) -> Array:
+            keys, columns = held(index)
+            return sums + _turned(keys, shared["q"].at[:, columns], first, turn, part, interpreted)
+
+        sums = jax.lax.fori_loop(0, part.pieces, turned, sums)
+    return sums
+
+
+def _turn(arrays: Refs, shared: Refs, block: Any, columns: Any, interpreted: bool) -> tuple[Array, Array]:
+    """Cosines and sines of a block's tokens, [64, W]: a turn by its start, and from there to the token."""
+    cos, sin = (mosaic.load(shared[name].at[:, columns], interpreted=interpreted) for name in ("cos", "sin"))
+    first, second = (
+        _down(mosaic.by_column(arrays[name].at[block, columns], far=True, interpreted=interpreted), cos)
+        for name in ("start_cos", "start_sin")
+    )
+    return cos * first - sin * second, sin * first + cos * second
+
+
+def _turned(
+    keys: Any, q: Any, first: int, turn: tuple[Array, Array], part: Share, interpreted: bool
+) -> Array:
+    """The same over some columns of a piece, from ``first`` on of each half of a head, keys turned by RoPE."""
+    (cos, sin), half, width, sums = turn, part.size // 2, TURNED[part.size], None
+    for head in range(first, part.piece, part.size):
+        here, there = pl.ds(head, width), pl.ds(head + half, width)
+        low, high = (
+            mosaic.load(keys.at[:, columns], interpreted=interpreted).astype(jnp.float32)
+            for columns in (here, there)
+        )
+        for columns, rows in ((here, low * cos - high * sin), (there, high * cos + low * sin)):
+            turned, queries = rows.astype(jnp.bfloat16), q.at[:, columns]
+            new = mosaic.product(turned, queries, turned=True, interpreted=interpreted)
+            sums = new if sums is None else sums + new
+    assert sums is not None  # a piece has heads
+    return sums
+
+
+def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, interpreted: bool) -> None:
+    """Weights of a block for the mixers, and what sums so far shrink by; peaks are those of scores times log2(e)."""
+    plgpu.barrier_wait(shared["scores_ready"])
+
+    @pl.when(j > 0)
+    def wait() -> None:
+        plgpu.barrier_wait(shared["p_free"])
+
+    token = (place.start + j) * BLOCK
+    for start in range(0, part.queries, COLUMNS):
+        columns = pl.ds(start, min(COLUMNS, part.queries - start))
+        peak, total = (
+            mosaic.by_column(shared[name].at[columns], interpreted=interpreted) for name in ("peak", "total")
+        )
+        raw = mosaic.load_columns(shared["scores"], columns, interpreted=interpreted)
+        raw = _masked(capped(raw, rules), token, start, place, rules, part, interpreted)
+        now = jnp.maximum(peak, raw.max(axis=0))
+        level = jnp.where(now == -jnp.inf, 0.0, now)  # of rows that have seen nothing: not inf - inf
+        shrunk, p = jnp.exp2(peak - level), jnp.exp2(raw - _down(level, raw))
+        mosaic.store_turned(shared["p"].at[columns], p.astype(jnp.bfloat16), interpreted=interpreted)
+        plgpu.commit_smem()  # all warps have read peaks and sums
+        shared["factor"].at[columns][...] = shrunk
+        shared["peak"].at[columns][...] = now
+        shared["total"].at[columns][...] = total * shrunk + p.sum(axis=0)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(shared["scores_free"])
+    plgpu.barrier_arrive(shared["p_ready"])
+
+
+def _masked(
+    raw: Array, token: Any, start: int, place: Place, rules: Rules, part: Share, interpreted: bool
+) -> Array:
+    """Scores from ``token`` and column ``start`` on, minus infinity where a row does not see."""
+
+    def mask(raw: Array) -> Array:
+        at = token + mosaic.iota(raw.shape, 0, interpreted=interpreted)
+        query = place.first
+        if rules.tokens > 1:
+            column = start + mosaic.iota(raw.shape, 1, interpreted=interpreted)
+            own = jax.lax.rem(column, jnp.int32(part.held))
+            query += jax.lax.div(own, jnp.int32(rules.group * part.width // part.size))
+        return jnp.where(rules.sees(at, query, place.length), raw, -jnp.inf)
+
+    return jax.lax.cond(rules.partly(token, place), mask, lambda raw: raw, raw)
+
+
+def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpreted: bool) -> None:
+    """A mixer: the weighed sums of its columns."""
+    count = part.pieces // MIXERS
+    none = mosaic.full((part.piece, part.queries), 0.0, interpreted=interpreted)
+
+    def factor(like: Array) -> Array:
+        return _down(mosaic.by_column(shared["factor"], interpreted=interpreted), like)
+
+    def step(j: Any, mixed: tuple[Array, ...]) -> tuple[Array, ...]:
+        plgpu.barrier_wait(shared["p_ready"])
+
+        # All pieces, though half of them are the other's: who waits for some turns of a slot only loses count of them.
+        @pl.loop(0, part.pieces)
+        def wait(index: Any) -> None:
+            plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
+
+        found = []
+        for index, sums in enumerate(mixed):
+            keys = shared["keys"].at[part.slot(j, group * count + index)]
+            onto = sums * factor(sums)
+            found.append(mosaic.turned_product(keys, shared["p"], onto=onto, interpreted=interpreted))
+        plgpu.barrier_arrive(shared["p_free"])
+
+        @pl.loop(0, part.pieces)
+        def give(index: Any) -> None:
+            plgpu.barrier_arrive(shared["keys_free"].at[part.slot(j, index)])
+
+        return tuple(found)
+
+    mixed = jax.lax.fori_loop(0, place.count, step, (none,) * count)
+    plgpu.barrier_wait(shared["p_ready"])
+    for index, sums in enumerate(mixed):
+        start = place.column * part.width + (group * count + index) * part.piece
+        out.at[place.part, place.sequence, pl.ds(start, part.piece)][...] = sums * factor(sums)
+
+
+def _down(by_column: Array, like: Array) -> Array:
+    return jax.lax.broadcast_in_dim(by_column, like.shape, (1,))

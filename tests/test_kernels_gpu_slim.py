@@ -1,0 +1,128 @@
+"""The GPU kernel for keys alone in one pass, interpreted as clusters: against the oracle, poisoned, races sought."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import test_kernels_gpu as suite
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
+from test_kernels_gpu import BLOCK, CAPACITY, EVERYTHING, TOLERANCE
+from threaded import alone, run_threaded, threaded
+
+from slimjax import decode
+from slimjax.kernels import reference
+from slimjax.kernels.gpu import keys, mosaic, share, slim, slim_steps
+from slimjax.kernels.shapes import SHAPES
+from slimjax.numerics import relative_l2
+
+pytestmark = pytest.mark.skipif(mosaic.OLD, reason="the kernel needs jax 0.11 or newer")
+FEW = (0, 1, BLOCK, CAPACITY)
+
+
+def case(*args, lengths=FEW, **more):
+    return suite.Case(*args, scheme="k2:bf16", lengths=lengths, **more)
+
+
+# Blocks of threads of a cluster, and what they answer.
+CASES = [
+    (1, case((4, 4, 64))),
+    (2, case((4, 4, 64), splits=2, lengths=suite.LENGTHS)),
+    (2, case((4, 4, 64), 1, "rope", lengths=suite.LENGTHS)),
+    (2, case((8, 8, 96), 1, "rope", splits=2)),
+    (2, case((4, 4, 128), 2, "rope", EVERYTHING)),
+    (
+        2,
+        case((12, 4, 64), 2, options=(("window", 5), ("scale", 0.3))),
+    ),  # 12 rows a block, two columns of a bias
+    (2, case((4, 4, 128), 3, "learned", (("causal", False),), k_bias=True)),
+    (4, case((8, 8, 64), 1, "rope", (("window", 70),), lengths=(2 * BLOCK + 9,))),
+    # More query tokens than fit: each has a pass of its own.
+    (1, case((8, 8, 64), 8, "rope", lengths=(70,))),
+    # So many blocks of tokens that every slot of shared memory is used again.
+    (2, case((8, 8, 128), lengths=(7 * BLOCK, 6 * BLOCK + 3), capacity=7 * BLOCK)),
+]
+NAMES = [f"C{blocks}-{each}" for blocks, each in CASES]
+
+
+def run(blocks, each, monkeypatch, **more):
+    monkeypatch.setattr(share, "CLUSTERS", (blocks,))
+    return suite.run(each, passes=1, **more)
+
+
+@threaded
+@pytest.mark.parametrize(("blocks", "each"), CASES, ids=NAMES)
+def test_one_pass_is_the_oracle(blocks, each, monkeypatch):
+    found, wanted = run(blocks, each, monkeypatch, interpret=mosaic.interpreter(detect_races=True))
+    assert relative_l2(found, wanted) < TOLERANCE
+    assert not interpreter_state.get_races().races_found
+    if 0 in each.lengths:
+        assert not np.any(found[0])  # a sequence without tokens
+
+
+@threaded
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_one_pass_errs_no_more_than_twice_as_much_as_the_reference_and_always_the_same(position, monkeypatch):
+    each = case((4, 4, 64), 1, position, lengths=(40, BLOCK, CAPACITY))
+    mine, wanted = run(2, each, monkeypatch)
+    q, cache, weights, spec = suite.made(each)
+    other = reference.decode(q, cache, weights, spec, suite.start_of(cache, spec, 1))
+    error = relative_l2(mine, wanted)
+    assert TOLERANCE / 10 < error < 2 * relative_l2(np.asarray(other, np.float64), wanted)
+    np.testing.assert_array_equal(mine, run(2, each, monkeypatch)[0])
+
+
+@threaded
+@pytest.mark.parametrize("hasty", [slim, slim_steps], ids=["loader", "scorer and mixers"])
+def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatch):
+    known = vars(hasty.plgpu)
+    monkeypatch.setattr(hasty, "plgpu", SimpleNamespace(**known | {"barrier_wait": lambda barrier: None}))
+    said = ""
+    try:
+        run(2, CASES[-1][1], monkeypatch, interpret=mosaic.interpreter(detect_races=True))
+    except jax.errors.JaxRuntimeError as error:
+        said = str(error)
+    assert "RACE DETECTED" in said or interpreter_state.get_races().races_found
+
+
+@alone
+def test_in_a_process_of_enough_threads():
+    run_threaded(__file__, ["one_pass"], len(CASES) + 4)
+
+
+def test_with_too_few_threads_it_says_so(monkeypatch):
+    monkeypatch.setenv("NPROC", "2")
+    q, cache, weights, spec = suite.made(case((4, 4, 64)))
+    with pytest.raises(RuntimeError, match="2 are too few: set the environment's NPROC=4"):
+        decode(q, cache, weights, spec, implementation="pallas_gpu")
+
+
+# Blocks of a cluster, and query tokens that are decoded together, of one and of eight.
+SHARED = {
+    "llama-2-7b": (8, 1, 1),
+    "phi-3-mini": (8, 1, 2),
+    "smollm2-1.7b": (4, 1, 2),
+    "whisper-large-self": (2, 1, 2),
+}
+
+
+@pytest.mark.parametrize("shape", SHARED)
+def test_real_shapes_are_shared(shape):
+    blocks, *counts = SHARED[shape]
+    spec = dataclasses.replace(SHAPES[shape].spec("k2:bf16", "bfloat16"))
+    found = [keys.plan(spec, tokens, 1) for tokens in (1, 8)]
+    assert [each[0] for each in found] == counts
+    assert found[0][1].blocks == blocks
+    for _, part in found:
+        assert part.slots * part.piece >= 2 * part.width
+        assert part.blocks * part.width == spec.key_width
+
+
+def test_passes_other_than_one_and_two_are_refused():
+    q, cache, weights, spec = suite.made(case((4, 4, 64)))
+    with pytest.raises(ValueError, match="passes=3: expected 1, 2 or None"):
+        suite.pallas_gpu.decode(q, cache, weights, spec, cache.length, passes=3)
+    spec = dataclasses.replace(spec, position=suite.Position(kind="rope"))
+    with pytest.raises(NotImplementedError, match="before RoPE have no kernel for GPUs in two passes"):
+        suite.pallas_gpu.decode(q, cache, weights, spec, cache.length, passes=2)
