@@ -128,14 +128,17 @@ def start_of(cache, spec, tokens):
 
 
 def poisoned(cache):
-    """NaN behind each sequence's tokens."""
+    """NaN, or the least of integers, behind each sequence's tokens."""
     past = jnp.arange(cache.capacity)[None] >= cache.length[:, None]
 
-    def spoil(leaf):
-        return jnp.where(past[..., None], jnp.asarray(jnp.nan, leaf.dtype), leaf)
+    def spoil(leaf, tokens_last):
+        bad = jnp.nan if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.iinfo(leaf.dtype).min
+        return jnp.where(
+            past[:, None] if tokens_last else past[..., None], jnp.asarray(bad, leaf.dtype), leaf
+        )
 
     streams = {
-        name: dataclasses.replace(held, leaves=tuple(map(spoil, held.leaves)))
+        name: dataclasses.replace(held, leaves=tuple(map(spoil, held.leaves, held.tokens_last)))
         for name, held in cache.streams.items()
     }
     return dataclasses.replace(cache, streams=streams)
@@ -158,6 +161,7 @@ def expected(q, cache, weights, spec, start):
     if spec.scheme.basis == "kv":
         return oracle.attend(q, rows["k"], rows["v"], **mask)
     bias = None if weights.k_bias is None else np.asarray(weights.k_bias)
+    mask["extra"] = rows["r"][:, :, 0] if "r" in rows else None
     return oracle.k_basis(q, rows["k"], np.asarray(weights.w_kv), option=2, rope=rope, key_bias=bias, **mask)
 
 

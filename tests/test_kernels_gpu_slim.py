@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(mosaic.OLD, reason="the kernel needs jax 0.11 or
 FEW = (0, 1, BLOCK, CAPACITY)
 
 
-def case(*args, lengths=FEW, **more):
-    return suite.Case(*args, scheme="k2:bf16", lengths=lengths, **more)
+def case(*args, lengths=FEW, scheme="k2:bf16", **more):
+    return suite.Case(*args, scheme=scheme, lengths=lengths, **more)
 
 
 # Blocks of threads of a cluster, and what they answer.
@@ -40,8 +40,14 @@ CASES = [
     (4, case((8, 8, 64), 1, "rope", (("window", 70),), lengths=(2 * BLOCK + 9,))),
     # More query tokens than fit: each has a pass of its own.
     (1, case((8, 8, 64), 8, "rope", lengths=(70,))),
+    (2, case((4, 4, 64), scheme="k2:int16", splits=2, lengths=suite.LENGTHS)),
+    (2, case((8, 8, 96), 1, "rope", scheme="k2:int16")),
+    (2, case((4, 4, 64), 2, "rope", EVERYTHING, scheme="k2:int16+16")),
+    (1, case((4, 4, 128), 1, "learned", scheme="k2:int16+8")),
+    (2, case((4, 4, 64), 1, "rope", scheme="k2:bf16+24", lengths=suite.LENGTHS)),
     # So many blocks of tokens that every slot of shared memory is used again.
     (2, case((8, 8, 128), lengths=(7 * BLOCK, 6 * BLOCK + 3), capacity=7 * BLOCK)),
+    (2, case((8, 8, 128), scheme="k2:int16+8", lengths=(7 * BLOCK, 6 * BLOCK + 3), capacity=7 * BLOCK)),
 ]
 NAMES = [f"C{blocks}-{each}" for blocks, each in CASES]
 

@@ -71,7 +71,7 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     start = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     weights = DecodeWeights()
     if spec.scheme.basis == "k":
-        shape = (spec.key_width, spec.kv_heads, spec.head_dim)
+        shape = (spec.key_width + spec.scheme.extra, spec.kv_heads, spec.head_dim)
         weights = DecodeWeights(w_kv=jax.eval_shape(lambda: jnp.zeros(shape, jnp.float32)))
     return functools.partial(_decode, spec=spec), (query, cache, weights, start)
 

@@ -12,8 +12,9 @@ from slimjax.attention.compute import compute_text
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.softmax import sas_of
 from slimjax.axes import Lengths, Queries, typed
-from slimjax.cache import Cache, codec_of
+from slimjax.cache import Cache, Codec, codec_of
 from slimjax.cache.codecs.floats import FloatCodec
+from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels import flashq
 from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import keys, mosaic, tile_steps
@@ -207,13 +208,22 @@ def refusal(
     if scheme.softmax != "exact":
         return f"softmax {scheme.softmax} has no kernel for GPUs; it has exact"
     codec = codec_of(scheme)
-    for name in basis(spec).streams(spec):
-        stream = codec.stream(name)
-        if not isinstance(stream, FloatCodec) or stream.kind != "bf16":
-            return f"codec {scheme.codec} has no kernel for GPUs; it has bf16, and of kv flashq"
+    if not all(_stored(codec.stream(name), scheme.basis) for name in basis(spec).streams(spec)):
+        return (
+            f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq and of k int16 by token"
+        )
     if reason := _shape_refusal(spec, tokens, capacity):
         return reason
     return keys.refusal(spec, tokens, biased=biased, passes=passes) if scheme.basis == "k" else None
+
+
+def _stored(stream: Codec, basis_: str) -> bool:
+    """Whether a stream is bfloat16, or of keys alone int16 with a float32 scale for each token."""
+    if isinstance(stream, FloatCodec):
+        return stream.kind == "bf16"
+    if not isinstance(stream, IntegerCodec) or stream.scale_dtype != "float32":
+        return False
+    return basis_ == "k" and stream.bits == 16 and not stream.per_head
 
 
 def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:

@@ -8,14 +8,15 @@ from jaxtyping import Array, Float
 
 from slimjax.attention.masks import visible
 from slimjax.axes import Lengths, Queries
-from slimjax.cache import Cache
+from slimjax.cache import Cache, codec_of
+from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import mosaic
 from slimjax.kernels.gpu.grid import PROCESSORS, by_key_head, padded, parts
-from slimjax.kernels.gpu.ring import ROWS, Rules
+from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
 from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
 from slimjax.kernels.gpu.share import GROUPS, Share, share
-from slimjax.kernels.gpu.slim import attend_keys
+from slimjax.kernels.gpu.slim import Held, attend_keys
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import MASK
 
@@ -31,24 +32,42 @@ def plan(spec: DecodeSpec, tokens: int, passes: int | None) -> Plan | None:
     if mosaic.OLD or passes == 2:
         return None
     for count in (each for each in range(tokens, 0, -1) if tokens % each == 0):
-        if part := share(spec.kv_heads, spec.head_dim, count * spec.group, rotary=spec.position.rotary):
-            return (count, part) if count == tokens or spec.position.rotary or passes == 1 else None
+        part = share(
+            spec.kv_heads,
+            spec.head_dim,
+            count * spec.group,
+            rotary=spec.position.rotary,
+            codes=_coded(spec),
+            extra=spec.scheme.extra,
+        )
+        if part is not None:
+            return (count, part) if count == tokens or _only_once(spec) or passes == 1 else None
     return None
+
+
+def _coded(spec: DecodeSpec) -> bool:
+    """Whether keys are int16 codes."""
+    return isinstance(codec_of(spec.scheme).stream("k"), IntegerCodec)
+
+
+def _only_once(spec: DecodeSpec) -> bool:
+    """Whether no two passes serve it."""
+    return spec.position.rotary or _coded(spec) or bool(spec.scheme.extra)
 
 
 def refusal(spec: DecodeSpec, tokens: int, *, biased: bool, passes: int | None) -> str | None:
     """Why keys alone are not served, or None."""
     if spec.scheme.option == 1:
         return "option 1 rebuilds rows, which takes more time than reading them; use k2"
-    if spec.scheme.extra:
-        return "extra coordinates have no kernel for GPUs"
+    if spec.scheme.extra % 8 or spec.scheme.extra > BLOCK:
+        return f"{spec.scheme.extra} extra coordinates have no kernel for GPUs; it has multiples of 8 up to {BLOCK}"
     if biased and (spec.position.rotary or spec.softcap is not None):
         return f"a key bias under {'RoPE' if spec.position.rotary else 'a softcap'} has no kernel for GPUs"
     if spec.position.rotary and spec.position.interleaved:
         return "RoPE of neighbouring coordinates, on keys cached before it, has no kernel for GPUs"
     if plan(spec, tokens, passes) is not None:
         return None
-    if passes == 1 or spec.position.rotary:
+    if passes == 1 or _only_once(spec):
         return _unshared(spec, passes)
     if tokens * spec.heads > ROWS:
         return (
@@ -59,7 +78,7 @@ def refusal(spec: DecodeSpec, tokens: int, *, biased: bool, passes: int | None) 
 
 
 def _unshared(spec: DecodeSpec, passes: int | None) -> str:
-    kind = "keys cached before RoPE" if spec.position.rotary else "keys read in one pass"
+    kind = "keys cached before RoPE" if spec.position.rotary else f"rows of {spec.scheme}, read in one pass"
     if passes == 2:
         return f"{kind} have no kernel for GPUs in two passes"
     if mosaic.OLD:
@@ -81,18 +100,19 @@ def attend(
     splits: int | None,
     passes: int | None,
     interpret: Any,
-) -> Float[Array, "B T N E"]:
+) -> Float[Array, "B T N E+R"]:
     """Keys weighed as whole rows. A bias of the keys moves all scores of a query alike, and is left out.
 
     Raises RuntimeError interpreted with too few threads.
     """
-    keys, found = cache.streams["k"].leaves[0], plan(spec, q.shape[1], passes)
+    held = {name: Held(*stream.leaves) for name, stream in cache.streams.items()}
+    found = plan(spec, q.shape[1], passes)
     if found is None:
-        return _twice(q, keys, length, start, rules, splits, interpret)
+        return _twice(q, held["k"].rows, length, start, rules, splits, interpret)
     count, part = found
     mosaic.enough_threads(part.blocks * GROUPS, "with keys alone in one pass", interpret)
     mixed = [
-        _once(q[:, at : at + count], keys, length, start + at, rules, spec, part, splits, interpret)
+        _once(q[:, at : at + count], held, length, start + at, rules, spec, part, splits, interpret)
         for at in range(0, q.shape[1], count)
     ]
     return jnp.concatenate(mixed, axis=1)
@@ -100,7 +120,7 @@ def attend(
 
 def _once(
     q: Queries,
-    keys: Float[Array, "B S E"],
+    held: dict[str, Held],
     length: Lengths,
     start: Lengths,
     rules: Rules,
@@ -108,19 +128,30 @@ def _once(
     part: Share,
     splits: int | None,
     interpret: Any,
-) -> Float[Array, "B T N E"]:
+) -> Float[Array, "B T N E+R"]:
     batch, tokens, heads, size = q.shape
     own = part.width // size
     rows = q.reshape(batch, tokens, part.blocks, own, rules.group, 1, size)
-    mine = rows * jnp.eye(own, dtype=q.dtype).reshape(1, 1, 1, own, 1, own, 1)  # in the columns of its own head
+    mine = rows * jnp.eye(own, dtype=q.dtype).reshape(
+        1, 1, 1, own, 1, own, 1
+    )  # in the columns of its own head
     mine = jnp.moveaxis(mine, 2, 1).reshape(batch, part.blocks, -1, part.width)
     count = mine.shape[2]
     mine = jnp.pad(mine, ((0, 0), (0, 0), (0, part.rows - count), (0, 0)))
     if splits is None:
-        splits = parts(batch, keys.shape[1], processors=PROCESSORS // part.blocks)
+        splits = parts(batch, held["k"].rows.shape[1], processors=PROCESSORS // part.blocks)
     few = dataclasses.replace(rules, tokens=tokens)
     answers, log_sums = attend_keys(
-        mine, keys, length, start, few, spec.position, part, splits=splits, interpret=interpret
+        mine,
+        held["k"],
+        held.get("r"),
+        length,
+        start,
+        few,
+        spec.position,
+        part,
+        splits=splits,
+        interpret=interpret,
     )
     mixed, _ = combine(jnp.swapaxes(answers, 2, 3), log_sums)
     mixed = mixed.reshape(batch, part.blocks, part.held, -1)[:, :, :count]
@@ -136,7 +167,7 @@ def _twice(
     rules: Rules,
     splits: int | None,
     interpret: Any,
-) -> Float[Array, "B T N E"]:
+) -> Float[Array, "B T N E+R"]:
     """The second pass finds in L2 what there is room for."""
     batch, tokens, heads, _ = q.shape
     rows = by_key_head(q, rules)

@@ -124,6 +124,18 @@ def load(ref: Any, *, interpreted: bool) -> jax.Array:
     return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA, interpreted)
 
 
+def load_turned(ref: Any, *, interpreted: bool) -> jax.Array:
+    """Columns of shared memory [n, 64] as rows, [64, n]; of two bytes each."""
+    if interpreted:
+        return _read(ref, interpreted).T
+    return _load(ref.transpose((1, 0)), layout=plgpu.Layout.WGMMA)
+
+
+def by_row(ref: Any, *, interpreted: bool) -> jax.Array:
+    """Numbers of rows, [64], from shared memory, to be broadcast to products' results."""
+    return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA.reduce(1), interpreted)
+
+
 def load_columns(ref: Any, columns: Any, *, interpreted: bool) -> jax.Array:
     """Columns of rows that lie one behind the other in shared memory, [64, ...], in the same layout."""
     if interpreted:
@@ -163,6 +175,22 @@ def turned_product(a: Any, b: Any, *, onto: jax.Array | None = None, interpreted
         sums: Any = plgpu.WGMMAAccumulatorRef.init(onto)
         return pl.run_state(add)(sums)
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[1], b.shape[0]), jnp.float32))
+
+
+def added(onto: jax.Array, parts: Sequence[jax.Array], b: Any, *, interpreted: bool) -> jax.Array:
+    """onto [64, n] and the products of parts [64, k], in registers, with b [n, k] transposed, in shared memory."""
+    if interpreted:
+        right = b[...].T
+        plgpu.commit_smem()
+        return onto + sum(jnp.dot(part, right, preferred_element_type=jnp.float32) for part in parts)
+
+    def add(sums: Any) -> None:
+        for part in parts:
+            plgpu.wgmma(sums, part, b.transpose((1, 0)))
+        plgpu.wgmma_wait(0)
+
+    sums: Any = plgpu.WGMMAAccumulatorRef.init(onto)
+    return pl.run_state(add)(sums)
 
 
 def store_turned(ref: Any, rows: jax.Array, *, interpreted: bool) -> None:

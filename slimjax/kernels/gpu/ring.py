@@ -132,17 +132,22 @@ def load(shared: dict[str, Any], place: Place, sources: dict[str, Callable[[Any]
     """Bring each block as soon as its slot is free. ``sources``: by name, of a block's number, what is copied."""
 
     @pl.loop(0, place.count)
-    def bring(j: Any) -> None:
+    def each(j: Any) -> None:
         for name, source in sources.items():
-            count, cached = shared[name].shape[0], source(place.start + j)
-            slot = jax.lax.rem(j, jnp.int32(count))
+            bring(shared, name, j, source(place.start + j))
 
-            @pl.when(j >= count)
-            def wait(name: str = name, slot: Any = slot) -> None:
-                plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
 
-            held = shared[name].at[slot, pl.ds(0, cached.shape[0])]
-            plgpu.copy_gmem_to_smem(cached, held, shared[f"{name}_ready"].at[slot])
+def bring(shared: dict[str, Any], name: str, j: Any, cached: Any) -> None:
+    """Bring the j-th block as soon as its slot is free."""
+    count = shared[name].shape[0]
+    slot = jax.lax.rem(j, jnp.int32(count))
+
+    @pl.when(j >= count)
+    def wait() -> None:
+        plgpu.barrier_wait(shared[f"{name}_free"].at[slot])
+
+    held = shared[name].at[slot, pl.ds(0, cached.shape[0])]
+    plgpu.copy_gmem_to_smem(cached, held, shared[f"{name}_ready"].at[slot])
 
 
 def take(shared: dict[str, Any], name: str, j: Any) -> Any:

@@ -23,28 +23,37 @@ Bytes a token: 2*E of keys, half of an ordinary cache's; 4*M written and 4*M*C r
 64), mostly within L2; once a part 4*E*M. FLOPs: 2*E*M*(1 + 1/C).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16, Float, Num
 
 from slimjax.attention.positions import Position
 from slimjax.axes import Lengths
 from slimjax.kernels.gpu import mosaic, ring
 from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
-from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, TURNED, Share
+from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, SLOTS, TURNED, Share
 from slimjax.kernels.gpu.slim_steps import mix, score
 
-LOADING, SCORING, MIXING = 56, 168, 144  # registers of a thread; 512 for the four
+# Registers of a thread of the loader, the scorer and a mixer, 512 for the four. True: keys are codes, or not alone.
+REGISTERS = {False: (72, 136, 152), True: (64, 128, 160)}
+
+
+class Held(NamedTuple):
+    """Rows as they are cached: bfloat16, or int16 codes and a scale of each token."""
+
+    rows: Num[Array, "B _ _"]
+    scale: Float[Array, "B 1 S"] | None = None
 
 
 def attend_keys(
     q: BFloat16[Array, "B C R W"],
-    keys: BFloat16[Array, "B S E"],
+    keys: Held,
+    extra: Held | None,
     length: Lengths,
     first: Lengths,
     rules: Rules,
@@ -53,26 +62,31 @@ def attend_keys(
     *,
     splits: int,
     interpret: Any = False,
-) -> tuple[Float[Array, "P B E M"], Float[Array, "P B M"]]:
+) -> tuple[Float[Array, "P B E+R M"], Float[Array, "P B M"]]:
     """Answers, turned, and log-sums of P = ``splits`` parts of each sequence, float32; of no key: 0 and ``MASK``.
 
-    q: rows of each block's heads, in the columns of their own head and else zero. S is a multiple of 8. ``first``:
-    position of each sequence's first query. ``interpret``: False, or ``mosaic.interpreter()``.
+    q: rows of each block's heads, in the columns of their own head and else zero. keys: [B, S, E]; extra: [B, R, S].
+    S and R are multiples of 8. ``first``: position of each sequence's first query. ``interpret``: False, or
+    ``mosaic.interpreter()``.
     """
-    batch, capacity, width = keys.shape
+    batch, capacity, width = keys.rows.shape
     blocks = -(-capacity // BLOCK)
-    angles = _angles(position, part.size, blocks) if part.rotary else {}
-    names = tuple(angles)
+    optional = {"keys_scale": keys.scale}
+    optional |= {"extra": extra.rows, "extra_scale": extra.scale} if extra else {}
+    optional |= _angles(position, part.size, blocks) if part.rotary else {}
+    given = {name: array for name, array in optional.items() if array is not None}
 
     def body(length: Any, first: Any, q: Any, keys: Any, *rest: Any) -> None:
-        turning, (out, log_sums, scores, shared) = dict(zip(names, rest, strict=False)), rest[len(names) :]
-        arrays = {"q": q, "keys": keys, "scores": scores, **turning}
+        more, (out, log_sums, scores, shared) = dict(zip(given, rest, strict=False)), rest[len(given) :]
+        arrays = {"q": q, "keys": keys, "scores": scores, **more}
         _kernel(length, first, arrays, out, log_sums, shared, rules, part, splits, interpret is not False)
 
+    # TMA brings whole tiles: of extra coordinates 64 rows are summed, and those that are none not read again.
+    rows = width + (BLOCK if part.extra else 0)
     out, log_sums, _ = mosaic.call(
         body,
         out=(
-            jax.ShapeDtypeStruct((splits, batch, width, part.queries), jnp.float32),
+            jax.ShapeDtypeStruct((splits, batch, rows, part.queries), jnp.float32),
             jax.ShapeDtypeStruct((splits, batch, part.queries), jnp.float32),
             jax.ShapeDtypeStruct((batch, blocks * BLOCK, part.blocks, part.rows), jnp.float32),
         ),
@@ -82,8 +96,8 @@ def attend_keys(
         groups=GROUPS,
         interpret=interpret,
         name="slimjax_keys",
-    )(length, first, q, keys, *angles.values())
-    return out, log_sums
+    )(length, first, q, keys.rows, *given.values())
+    return out[:, :, : width + part.extra], log_sums
 
 
 def _angles(position: Position, size: int, blocks: int) -> dict[str, Array]:
@@ -100,10 +114,11 @@ def _angles(position: Position, size: int, blocks: int) -> dict[str, Array]:
 def _shared(part: Share) -> dict[str, Any]:
     """Shared memory and barriers; ``share`` counts their bytes."""
     step = TURNED[part.size] if part.rotary else None
+    held = jnp.int16 if part.codes else jnp.bfloat16
     shared = {
         "q": mosaic.tiled((part.rows, part.width), jnp.bfloat16, columns=step),
         "q_ready": plgpu.Barrier(),
-        "keys": mosaic.tiled((part.slots, BLOCK, part.piece), jnp.bfloat16, columns=step),
+        "keys": mosaic.tiled((part.slots, BLOCK, part.piece), held, columns=step),
         "keys_ready": plgpu.Barrier(num_barriers=part.slots),
         "keys_free": plgpu.Barrier(num_barriers=part.slots, num_arrivals=MIXERS),
         "sent": mosaic.tiled((BLOCK, part.rows), jnp.float32),
@@ -116,6 +131,13 @@ def _shared(part: Share) -> dict[str, Any]:
         "p_ready": plgpu.Barrier(),
         "p_free": plgpu.Barrier(num_arrivals=MIXERS),
     }
+    for name in ("keys_scale", *(["extra_scale"] if part.extra else [])) if part.codes else ():
+        shared |= ring.slot(name, plgpu.SMEM((SLOTS, BLOCK), jnp.float32), SLOTS)
+    if part.extra:
+        shared |= ring.slot("extra", mosaic.tiled((SLOTS, BLOCK, BLOCK), held), SLOTS)
+        shared |= (
+            {"p_extra": mosaic.tiled((part.queries, BLOCK), jnp.bfloat16, columns=step)} if part.codes else {}
+        )
     if part.rotary:
         table = mosaic.tiled((BLOCK, part.size // 2), jnp.float32, columns=step)
         shared |= {"cos": table, "sin": table, "angles_ready": plgpu.Barrier(num_barriers=2)}
@@ -139,20 +161,21 @@ def _kernel(
     interpreted: bool,
 ) -> None:
     place, group = ring.place(length, first, rules, splits), jax.lax.axis_index("group")
+    loading, scoring, mixing = REGISTERS[part.codes or part.extra > 0]
 
     @pl.when(group == LOADER)
     def load() -> None:
-        plgpu.set_max_registers(LOADING, action="decrease")
+        plgpu.set_max_registers(loading, action="decrease")
         _load(arrays, shared, place, part)
 
     @pl.when(group == SCORER)
     def meet() -> None:
-        plgpu.set_max_registers(SCORING, action="increase")
+        plgpu.set_max_registers(scoring, action="increase")
         score(arrays, log_sums, shared, place, rules, part, interpreted)
 
     @pl.when(group < MIXERS)
     def add() -> None:
-        plgpu.set_max_registers(MIXING, action="increase")
+        plgpu.set_max_registers(mixing, action="increase")
         mix(out, shared, place, group, part, interpreted)
 
 
@@ -176,6 +199,12 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
     @pl.loop(0, place.count)
     def bring(j: Any) -> None:
         tokens = ring.rows_of(place.start + j)
+        for name in ("keys_scale", "extra_scale"):
+            if name in arrays:
+                ring.bring(shared, name, j, arrays[name].at[place.sequence, 0, tokens])
+        if part.extra:
+            mine = arrays["extra"].at[place.sequence, :, tokens]
+            pl.when(place.column == 0)(lambda: ring.bring(shared, "extra", j, mine))
 
         @pl.loop(0, part.pieces)
         def piece(index: Any) -> None:

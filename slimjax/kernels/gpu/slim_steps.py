@@ -85,13 +85,21 @@ def _met(arrays: Refs, shared: Refs, j: Any, place: Place, part: Share, interpre
     @pl.loop(0, part.pieces)
     def wait(index: Any) -> None:
         plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
-        # Here rather than by a mixer, all of whose registers are taken.
-        ring.clear(held(index)[0], block * BLOCK, place.length, interpreted=interpreted)
+        if (
+            not part.codes
+        ):  # which cannot be NaN; here rather than by a mixer, all of whose registers are taken
+            ring.clear(held(index)[0], block * BLOCK, place.length, interpreted=interpreted)
 
     def met(index: Any, sums: Array) -> Array:
         keys, columns = held(index)
         queries = shared["q"].at[:, columns]
-        return sums + mosaic.product(keys, queries, turned=True, interpreted=interpreted)
+        if not part.codes:
+            return sums + mosaic.product(keys, queries, turned=True, interpreted=interpreted)
+        for start in range(0, part.piece, BLOCK):
+            some = pl.ds(start, BLOCK)
+            rows = _numbers(mosaic.load(keys.at[:, some], interpreted=interpreted))
+            sums = mosaic.added(sums, _parts(rows, part), queries.at[:, some], interpreted=interpreted)
+        return sums
 
     if not part.rotary:
         return jax.lax.fori_loop(0, part.pieces, met, none)
@@ -121,19 +129,26 @@ def _turned(
     keys: Any, q: Any, first: int, turn: tuple[Array, Array], part: Share, interpreted: bool
 ) -> Array:
     """The same over some columns of a piece, from ``first`` on of each half of a head, keys turned by RoPE."""
-    (cos, sin), half, width, sums = turn, part.size // 2, TURNED[part.size], None
+    (cos, sin), half, width = turn, part.size // 2, TURNED[part.size]
+    sums = mosaic.full((BLOCK, part.rows), 0.0, interpreted=interpreted)
     for head in range(first, part.piece, part.size):
         here, there = pl.ds(head, width), pl.ds(head + half, width)
         low, high = (
-            mosaic.load(keys.at[:, columns], interpreted=interpreted).astype(jnp.float32)
-            for columns in (here, there)
+            _numbers(mosaic.load(keys.at[:, columns], interpreted=interpreted)) for columns in (here, there)
         )
         for columns, rows in ((here, low * cos - high * sin), (there, high * cos + low * sin)):
-            turned, queries = rows.astype(jnp.bfloat16), q.at[:, columns]
-            new = mosaic.product(turned, queries, turned=True, interpreted=interpreted)
-            sums = new if sums is None else sums + new
-    assert sums is not None  # a piece has heads
+            sums = mosaic.added(sums, _parts(rows, part), q.at[:, columns], interpreted=interpreted)
     return sums
+
+
+def _numbers(rows: Array) -> Array:
+    return (rows.astype(jnp.int32) if rows.dtype == jnp.int16 else rows).astype(jnp.float32)
+
+
+def _parts(rows: Array, part: Share) -> list[Array]:
+    """bfloat16 rows that add up to these: of codes, which have twice its bits, two."""
+    high = rows.astype(jnp.bfloat16)
+    return [high, (rows - high.astype(jnp.float32)).astype(jnp.bfloat16)] if part.codes else [high]
 
 
 def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, interpreted: bool) -> None:
@@ -145,17 +160,24 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
         plgpu.barrier_wait(shared["p_free"])
 
     token = (place.start + j) * BLOCK
+    names = [name for name in ("keys_scale", "extra_scale") if name in shared]
+    scales = [mosaic.by_row(ring.take(shared, name, j), interpreted=interpreted) for name in names]
     for start in range(0, part.queries, COLUMNS):
         columns = pl.ds(start, min(COLUMNS, part.queries - start))
         peak, total = (
             mosaic.by_column(shared[name].at[columns], interpreted=interpreted) for name in ("peak", "total")
         )
         raw = mosaic.load_columns(shared["scores"], columns, interpreted=interpreted)
+        if scales:
+            raw *= _across(scales[0], raw)
         raw = _masked(capped(raw, rules), token, start, place, rules, part, interpreted)
         now = jnp.maximum(peak, raw.max(axis=0))
         level = jnp.where(now == -jnp.inf, 0.0, now)  # of rows that have seen nothing: not inf - inf
         shrunk, p = jnp.exp2(peak - level), jnp.exp2(raw - _down(level, raw))
-        mosaic.store_turned(shared["p"].at[columns], p.astype(jnp.bfloat16), interpreted=interpreted)
+        for name, weights in _weighing(p, scales, part).items():
+            mosaic.store_turned(
+                shared[name].at[columns], weights.astype(jnp.bfloat16), interpreted=interpreted
+            )
         plgpu.commit_smem()  # all warps have read peaks and sums
         shared["factor"].at[columns][...] = shrunk
         shared["peak"].at[columns][...] = now
@@ -163,6 +185,22 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
     plgpu.commit_smem()
     plgpu.barrier_arrive(shared["scores_free"])
     plgpu.barrier_arrive(shared["p_ready"])
+    for name in names:
+        ring.give(shared, name, j)
+
+
+def _weighing(p: Array, scales: list[Array], part: Share) -> dict[str, Array]:
+    """Weights of the rows as they are cached. What is not seen may have any scale, and NaN."""
+    if not part.codes:
+        return {"p": p}
+    return {
+        name: jnp.where(p == 0.0, 0.0, p * _across(scale, p))
+        for name, scale in zip(("p", "p_extra"), scales, strict=False)
+    }
+
+
+def _across(by_row: Array, like: Array) -> Array:
+    return jax.lax.broadcast_in_dim(by_row, like.shape, (0,))
 
 
 def _masked(
@@ -183,9 +221,12 @@ def _masked(
 
 
 def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpreted: bool) -> None:
-    """A mixer: the weighed sums of its columns."""
-    count = part.pieces // MIXERS
-    none = mosaic.full((part.piece, part.queries), 0.0, interpreted=interpreted)
+    """A mixer: the weighed sums of its columns, and the first of all those of extra coordinates."""
+    half = part.pieces // MIXERS
+    none, no_more = (
+        mosaic.full((rows, part.queries), 0.0, interpreted=interpreted) for rows in (part.column, BLOCK)
+    )
+    mine = (place.column == 0) & (group == 0)
 
     def factor(like: Array) -> Array:
         return _down(mosaic.by_column(shared["factor"], interpreted=interpreted), like)
@@ -199,10 +240,28 @@ def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpret
             plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
 
         found = []
-        for index, sums in enumerate(mixed):
-            keys = shared["keys"].at[part.slot(j, group * count + index)]
+        for index, sums in enumerate(mixed[: part.sums]):
+            piece, start = divmod(index * part.column, part.piece)
+            keys = shared["keys"].at[part.slot(j, group * half + piece)]
             onto = sums * factor(sums)
-            found.append(mosaic.turned_product(keys, shared["p"], onto=onto, interpreted=interpreted))
+            if part.codes:
+                rows = _numbers(mosaic.load_turned(keys.at[:, pl.ds(start, BLOCK)], interpreted=interpreted))
+                found.append(mosaic.added(onto, _parts(rows, part), shared["p"], interpreted=interpreted))
+            else:
+                found.append(mosaic.turned_product(keys, shared["p"], onto=onto, interpreted=interpreted))
+        if part.extra:
+
+            def more(sums: Array) -> Array:
+                rows = mosaic.load(ring.take(shared, "extra", j), interpreted=interpreted)
+                at = (place.start + j) * BLOCK + mosaic.iota(rows.shape, 1, interpreted=interpreted)
+                seen = jnp.where(at < place.length, rows, jnp.zeros_like(rows))
+                parts = _parts(_numbers(seen), part) if part.codes else [seen]
+                weights = shared["p_extra" if part.codes else "p"]
+                sums = mosaic.added(sums * factor(sums), parts, weights, interpreted=interpreted)
+                ring.give(shared, "extra", j)
+                return sums
+
+            found.append(jax.lax.cond(mine, more, lambda sums: sums, mixed[-1]))
         plgpu.barrier_arrive(shared["p_free"])
 
         @pl.loop(0, part.pieces)
@@ -211,11 +270,17 @@ def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpret
 
         return tuple(found)
 
-    mixed = jax.lax.fori_loop(0, place.count, step, (none,) * count)
+    mixed = jax.lax.fori_loop(0, place.count, step, (none,) * part.sums + ((no_more,) if part.extra else ()))
     plgpu.barrier_wait(shared["p_ready"])
-    for index, sums in enumerate(mixed):
-        start = place.column * part.width + (group * count + index) * part.piece
-        out.at[place.part, place.sequence, pl.ds(start, part.piece)][...] = sums * factor(sums)
+    target = out.at[place.part, place.sequence]
+    for index, sums in enumerate(mixed[: part.sums]):
+        start = place.column * part.width + group * half * part.piece + index * part.column
+        target.at[pl.ds(start, part.column)][...] = sums * factor(sums)
+    if part.extra:
+
+        @pl.when(mine)
+        def end() -> None:
+            target.at[pl.ds(part.blocks * part.width, BLOCK)][...] = mixed[-1] * factor(mixed[-1])
 
 
 def _down(by_column: Array, like: Array) -> Array:
