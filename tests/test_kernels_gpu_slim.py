@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_kernels_gpu as suite
@@ -12,6 +13,7 @@ from test_kernels_gpu import BLOCK, CAPACITY, EVERYTHING, TOLERANCE
 from threaded import alone, run_threaded, threaded
 
 from slimjax import decode
+from slimjax.cache import append, codec_of, empty
 from slimjax.kernels import reference
 from slimjax.kernels.gpu import keys, mosaic, share, slim, slim_steps
 from slimjax.kernels.shapes import SHAPES
@@ -80,6 +82,29 @@ def test_one_pass_errs_no_more_than_twice_as_much_as_the_reference_and_always_th
 
 
 @threaded
+@pytest.mark.parametrize("position", ["none", "rope"])
+def test_one_pass_loses_nothing_of_codes_to_a_map_that_enlarges_errors(position, monkeypatch):
+    """Values of size 1 from keys of size 1 through a map of condition 3,000: what bfloat16 would round away shows."""
+    each = case((4, 4, 64), 1, position, scheme="k2:int16", lengths=(CAPACITY,))
+    q, cache, weights, spec = suite.made(each)
+    draw, size = np.random.default_rng(1), spec.key_width
+    turn = [np.linalg.qr(draw.standard_normal((size, size)))[0] for _ in range(2)]
+    to_values = turn[0] * np.geomspace(1, 3000, size) @ turn[1]
+    rows = draw.standard_normal((1, CAPACITY, size)) @ np.linalg.inv(to_values)
+    rows /= rows.std()
+    values = rows @ to_values
+    to_values /= values.std()
+    codec, streams = codec_of(spec.scheme), {"k": jnp.asarray(rows, jnp.float32).reshape(1, CAPACITY, 4, 64)}
+    cache = append(empty(suite.basis(spec).streams(spec), codec, batch=1, capacity=CAPACITY), streams, codec)
+    weights = dataclasses.replace(weights, w_kv=jnp.asarray(to_values, jnp.float32).reshape(size, 4, 64))
+    start = suite.start_of(cache, spec, 1)
+    monkeypatch.setattr(share, "CLUSTERS", (2,))
+    found = suite.pallas_gpu.decode(q, cache, weights, spec, start, splits=1, passes=1)
+    wanted = suite.expected(q, cache, weights, spec, start)
+    assert relative_l2(np.asarray(found, np.float64), wanted) < TOLERANCE
+
+
+@threaded
 @pytest.mark.parametrize("hasty", [slim, slim_steps], ids=["loader", "scorer and mixers"])
 def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatch):
     known = vars(hasty.plgpu)
@@ -94,7 +119,7 @@ def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatc
 
 @alone
 def test_in_a_process_of_enough_threads():
-    run_threaded(__file__, ["one_pass"], len(CASES) + 4)
+    run_threaded(__file__, ["one_pass"], len(CASES) + 6)
 
 
 def test_with_too_few_threads_it_says_so(monkeypatch):

@@ -37,7 +37,7 @@ class Case:
         return dataclasses.replace(SHAPES[self.shape].spec(self.scheme, "bfloat16"), **dict(self.options))
 
 
-PLAIN = ("position", Position())  # keys alone are served without RoPE
+PLAIN = ("position", Position())
 CASES = (
     Case(scheme="kv:bf16", shape="llama-2-7b"),
     Case(scheme="kv:bf16", shape="llama-2-7b", tokens=8),
@@ -55,6 +55,15 @@ CASES = (
     Case(scheme="kv:flashq8", shape="smollm2-1.7b", tokens=8),
     Case(scheme="kv:flashq2-4@sas", shape="smollm2-1.7b"),
     Case(scheme="k2:bf16", shape="llama-2-7b", options=(PLAIN,)),
+    Case(scheme="k2:bf16", shape="llama-2-7b"),
+    Case(scheme="k2:bf16", shape="phi-3-mini"),
+    Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=4),
+    Case(scheme="k2:bf16+16", shape="smollm2-1.7b"),
+    Case(scheme="k2:int16", shape="llama-2-7b", options=(PLAIN,)),
+    Case(scheme="k2:int16+16", shape="llama-2-7b"),
+    Case(scheme="k2:int16+16", shape="phi-3-mini"),
+    Case(scheme="k2:int16+8", shape="smollm2-1.7b", tokens=2),
+    Case(scheme="k2:int16+16", shape="whisper-large-self"),
     Case(scheme="k2:bf16", shape="phi-3-mini", options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=2, options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="whisper-large-self", tokens=3),
@@ -71,6 +80,7 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     start = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     weights = DecodeWeights()
     if spec.scheme.basis == "k":
+        # Extra coordinates are rows of the map, too.
         shape = (spec.key_width + spec.scheme.extra, spec.kv_heads, spec.head_dim)
         weights = DecodeWeights(w_kv=jax.eval_shape(lambda: jnp.zeros(shape, jnp.float32)))
     return functools.partial(_decode, spec=spec), (query, cache, weights, start)

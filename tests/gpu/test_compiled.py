@@ -11,15 +11,23 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from slimjax.cache import codec_of
 from slimjax.kernels import gpu_aot, gpu_cases
 from slimjax.kernels.flashq import widths
-from slimjax.kernels.gpu import mosaic, tiles
+from slimjax.kernels.gpu import keys, mosaic, tiles
 
 pytestmark = pytest.mark.skipif(
     bool(gpu_aot.missing()) and os.environ.get("SLIMJAX_REQUIRE_GPU_AOT") != "1",
     reason=f"{gpu_aot.missing()}; make test-gpu-aot installs it",
 )
-NAMES = {"kv:bf16": ["slimjax_heads"], "k2:bf16": ["slimjax_score_rows", "slimjax_weigh_rows"]}
-TILED = ["slimjax_tiles"]  # for heads of each width
+TWICE = ["slimjax_score_rows", "slimjax_weigh_rows"]
 REGISTERS = 65536 // 384 // 8 * 8  # all that three warpgroups can have
+
+
+def expected(case):
+    """Names of a program's kernels: one for heads of each width, one or two for keys alone."""
+    if "flashq" in case.scheme:
+        return ["slimjax_tiles"] * (2 if "2-4" in case.scheme else 1)
+    if case.scheme == "kv:bf16":
+        return ["slimjax_heads"]
+    return TWICE if keys.plan(case.spec, case.tokens, None) is None else ["slimjax_keys"]
 
 
 @pytest.mark.parametrize("case", gpu_cases.CASES, ids=str)
@@ -27,9 +35,8 @@ def test_it_compiles_without_spills_or_copies(case):
     function, specs = gpu_cases.program(case)
     compiled, kernels = gpu_aot.compile_for_h100(function, *specs)
     tiled = "flashq" in case.scheme
-    assert [kernel.name for kernel in kernels] == (
-        TILED * (2 if "2-4" in case.scheme else 1) if tiled else NAMES[case.scheme]
-    )
+    names = [kernel.name for kernel in kernels]
+    assert names == expected(case)
     for kernel in kernels:
         assert (kernel.spilled, kernel.stack) == (0, 0)
         if tiled:  # what is refused beforehand is counted from above
@@ -44,9 +51,10 @@ def test_it_compiles_without_spills_or_copies(case):
     memory = compiled.memory_analysis()
     cached = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(specs[1]))
     assert memory.argument_size_in_bytes > cached
-    assert memory.temp_size_in_bytes < cached * (
-        1 / 3 if case.scheme == "k2:bf16" else 1 / 50
-    )  # scores, or parts
+    # Scores, or parts.
+    assert memory.temp_size_in_bytes < cached / (
+        3 if names == TWICE else 12 if case.scheme[:2] == "k2" else 50
+    )
 
 
 def toy(x, *, slots=1):
