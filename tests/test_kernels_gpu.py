@@ -14,7 +14,7 @@ from slimjax import DecodeSpec, DecodeWeights, Position, decode, parse_scheme
 from slimjax.attention.bases import basis
 from slimjax.cache import append, codec_of, empty, read
 from slimjax.kernels import gpu_aot, gpu_cases, pallas_gpu, reference
-from slimjax.kernels.gpu import grid, keys, mosaic, ring
+from slimjax.kernels.gpu import grid, keys, latent, mosaic, ring
 from slimjax.kernels.gpu.ring import BLOCK
 from slimjax.kernels.gpu.rows import column_width
 from slimjax.numerics import relative_l2
@@ -119,6 +119,9 @@ def made(case, seed=0):
             w_kv=array(wide + spec.scheme.extra, kv_heads, size) * wide**-0.5,
             k_bias=array(kv_heads, size) if case.k_bias else None,
         )
+    elif spec.scheme.basis in latent.BASES:
+        wk, wv = (array(wide, kv_heads, size) * wide**-0.5 for _ in range(2))
+        weights = DecodeWeights(wk=wk, wv=wv, k_bias=array(kv_heads, size) if case.k_bias else None)
     return array(batch, case.tokens, heads_, size), cache, weights, spec
 
 
@@ -161,6 +164,9 @@ def expected(q, cache, weights, spec, start):
     if spec.scheme.basis == "kv":
         return oracle.attend(q, rows["k"], rows["v"], **mask)
     bias = None if weights.k_bias is None else np.asarray(weights.k_bias)
+    if spec.scheme.basis in latent.BASES:
+        whole, maps = rows[spec.scheme.basis][:, :, 0], (np.asarray(weights.wk), np.asarray(weights.wv))
+        return oracle.from_rows(q, whole, *maps, option=2, key_bias=bias, **mask)
     mask["extra"] = rows["r"][:, :, 0] if "r" in rows else None
     return oracle.k_basis(q, rows["k"], np.asarray(weights.w_kv), option=2, rope=rope, key_bias=bias, **mask)
 
@@ -226,7 +232,8 @@ def test_a_planted_race_is_seen(case, monkeypatch):
 
 
 REFUSED = [
-    ({"scheme": "x2:bf16"}, "basis x has no kernel .*; it has kv and k"),
+    ({"scheme": "v2:bf16"}, "basis v has no kernel .*; it has kv, k, x, e and h"),
+    ({"scheme": "x2:bf16", "tokens": 200}, "rows of 128 columns|jax 0.10"),
     ({"scheme": "k1:bf16"}, "option 1 rebuilds rows"),
     ({"scheme": "k2:int16(scale_dtype=bfloat16)"}, "codec int16.* has no kernel"),
     ({"scheme": "k2:int8"}, "codec int8 has no kernel"),

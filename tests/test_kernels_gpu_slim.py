@@ -47,6 +47,11 @@ CASES = [
     (2, case((4, 4, 64), 2, "rope", EVERYTHING, scheme="k2:int16+16")),
     (1, case((4, 4, 128), 1, "learned", scheme="k2:int16+8")),
     (2, case((4, 4, 64), 1, "rope", scheme="k2:bf16+24", lengths=suite.LENGTHS)),
+    # Rows that every head meets: each block's scores are a part; clusters for groups of queries.
+    (2, case((4, 4, 64), 2, "learned", EVERYTHING, scheme="x2:bf16", splits=2, lengths=suite.LENGTHS)),
+    (1, case((4, 2, 64), 3, options=(("causal", False),), scheme="e2:int16", k_bias=True)),
+    (2, case((32, 4, 64), 2, options=(("window", 70),), scheme="x2:int16", lengths=(2 * BLOCK + 9,))),
+    (2, case((8, 8, 64), 1, options=(("causal", False),), scheme="h2:bf16")),
     # So many blocks of tokens that every slot of shared memory is used again.
     (2, case((8, 8, 128), lengths=(7 * BLOCK, 6 * BLOCK + 3), capacity=7 * BLOCK)),
     (2, case((8, 8, 128), scheme="k2:int16+8", lengths=(7 * BLOCK, 6 * BLOCK + 3), capacity=7 * BLOCK)),

@@ -57,13 +57,16 @@ CASES = (
     Case(scheme="k2:bf16", shape="llama-2-7b", options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="llama-2-7b"),
     Case(scheme="k2:bf16", shape="phi-3-mini"),
-    Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=4),
+    Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=2),
     Case(scheme="k2:bf16+16", shape="smollm2-1.7b"),
     Case(scheme="k2:int16", shape="llama-2-7b", options=(PLAIN,)),
     Case(scheme="k2:int16+16", shape="llama-2-7b"),
     Case(scheme="k2:int16+16", shape="phi-3-mini"),
-    Case(scheme="k2:int16+8", shape="smollm2-1.7b", tokens=2),
+    Case(scheme="k2:int16+8", shape="smollm2-1.7b"),
     Case(scheme="k2:int16+16", shape="whisper-large-self"),
+    Case(scheme="x2:bf16", shape="whisper-large-self", tokens=3),
+    Case(scheme="e2:bf16", shape="t5-11b-cross"),
+    Case(scheme="e2:int16", shape="whisper-large-cross"),
     Case(scheme="k2:bf16", shape="phi-3-mini", options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=2, options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="whisper-large-self", tokens=3),
@@ -83,6 +86,11 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         # Extra coordinates are rows of the map, too.
         shape = (spec.key_width + spec.scheme.extra, spec.kv_heads, spec.head_dim)
         weights = DecodeWeights(w_kv=jax.eval_shape(lambda: jnp.zeros(shape, jnp.float32)))
+    if spec.scheme.basis in ("x", "e", "h"):
+        (width,) = (size for _, size in streams.values())
+        shape = (width, spec.kv_heads, spec.head_dim)
+        made = jax.eval_shape(lambda: jnp.zeros(shape, jnp.float32))
+        weights = DecodeWeights(wk=made, wv=made)
     return functools.partial(_decode, spec=spec), (query, cache, weights, start)
 
 

@@ -1,5 +1,6 @@
 """``decode`` by Pallas kernels for Hopper GPUs, ``implementation="pallas_gpu"``; on other backends only interpreted."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -17,7 +18,7 @@ from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels import flashq
 from slimjax.kernels.combine import combine
-from slimjax.kernels.gpu import keys, mosaic, tile_steps
+from slimjax.kernels.gpu import keys, latent, mosaic, tile_steps
 from slimjax.kernels.gpu.grid import ALIGNED, by_key_head, padded, parts
 from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
@@ -89,14 +90,25 @@ def _rows(
     interpret: Any,
 ) -> Queries:
     positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
-    ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec).astype(spec.dtype)
+    ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec)
     held = jnp.minimum(cache.length, cache.capacity)  # an overfull cache is NaN: nothing to wait for
     if spec.scheme.basis == "kv":
-        mixed = _plain(ready, cache, held, start, rules, splits, interpret)
-    else:
+        mixed = _plain(ready.astype(spec.dtype), cache, held, start, rules, splits, interpret)
+    elif spec.scheme.basis == "k":
         mixed = keys.attend(
-            ready, cache, held, start, rules, spec, splits=splits, passes=passes, interpret=interpret
+            ready.astype(spec.dtype),
+            cache,
+            held,
+            start,
+            rules,
+            spec,
+            splits=splits,
+            passes=passes,
+            interpret=interpret,
         )
+    else:
+        absorbed, whole = ready.q.astype(spec.dtype), dataclasses.replace(rules, group=spec.heads)
+        mixed = latent.attend(absorbed, cache, held, start, whole, spec, splits=splits, interpret=interpret)
     return basis(spec).finish(mixed, weights, spec).astype(spec.dtype)
 
 
@@ -201,8 +213,8 @@ def refusal(
     scheme = spec.scheme
     if flashq.serves(spec):
         return flashq.refusal(spec) or _tiles_refusal(spec, tokens) or _shape_refusal(spec, tokens, capacity)
-    if scheme.basis not in ("kv", "k"):
-        return f"basis {scheme.basis} has no kernel for GPUs; it has kv and k"
+    if scheme.basis not in ("kv", "k", *latent.BASES):
+        return f"basis {scheme.basis} has no kernel for GPUs; it has kv, k, x, e and h"
     if (mode := compute_text(scheme)) != "float":
         return f"compute mode {mode} has no kernel for GPUs"
     if scheme.softmax != "exact":
@@ -214,16 +226,20 @@ def refusal(
         )
     if reason := _shape_refusal(spec, tokens, capacity):
         return reason
-    return keys.refusal(spec, tokens, biased=biased, passes=passes) if scheme.basis == "k" else None
+    if scheme.basis == "kv":
+        return None
+    if scheme.basis == "k":
+        return keys.refusal(spec, tokens, biased=biased, passes=passes)
+    return latent.refusal(spec, tokens, biased=biased)
 
 
 def _stored(stream: Codec, basis_: str) -> bool:
-    """Whether a stream is bfloat16, or of keys alone int16 with a float32 scale for each token."""
+    """Whether a stream is bfloat16, or, not of keys beside values, int16 with a float32 scale for each token."""
     if isinstance(stream, FloatCodec):
         return stream.kind == "bf16"
     if not isinstance(stream, IntegerCodec) or stream.scale_dtype != "float32":
         return False
-    return basis_ == "k" and stream.bits == 16 and not stream.per_head
+    return basis_ != "kv" and stream.bits == 16 and not stream.per_head
 
 
 def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
@@ -232,11 +248,11 @@ def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
         return f"compute dtype {spec.dtype} has no kernel for GPUs; use bfloat16"
     if spec.position.kind not in ("none", "learned", "rope"):
         return f"position scheme {spec.position.kind!r} has no kernel for GPUs"
-    if spec.head_dim not in SIZES:
+    if spec.scheme.basis not in latent.BASES and spec.head_dim not in SIZES:
         return f"{spec.head_dim=} has no kernel for GPUs; it has {', '.join(map(str, SIZES))}"
     if capacity % ALIGNED:
         return f"a cache of {capacity} slots has no kernel for GPUs; take a multiple of {ALIGNED}"
-    if spec.scheme.basis != "k" and tokens * spec.group > ROWS:
+    if spec.scheme.basis == "kv" and tokens * spec.group > ROWS:
         return (
             f"{tokens} query tokens of {spec.group} heads a key head are more than {ROWS} rows; "
             f"decode at most {ROWS // spec.group} at a time"

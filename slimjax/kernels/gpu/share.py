@@ -1,4 +1,4 @@
-"""How a cluster of blocks of threads shares rows of keys alone: whole heads to each, in pieces for shared memory."""
+"""How a cluster of blocks of threads shares cached rows: whole heads of keys, or columns that every head meets."""
 
 import dataclasses
 import itertools
@@ -11,10 +11,8 @@ from slimjax.kernels.gpu.ring import BLOCK, ROWS, SHARED_LIMIT
 
 MIXERS = 2
 SCORER, LOADER, GROUPS = MIXERS, MIXERS + 1, MIXERS + 2
-PLAIN, CODED = (
-    96,
-    80,
-)  # registers of a mixer's thread that may hold sums; with more some were seen to be spilled
+# Registers of a mixer's thread that may hold sums, of bfloat16 and of codes; with more some were seen to be spilled.
+PLAIN, CODED = 96, 80
 CLUSTERS = (1, 2, 4, 8)
 PIECES = {64: (128, 64), 96: (192,), 128: (128,)}  # columns of a piece, whole heads, by the size of a head
 TURNED = {64: 32, 96: 16, 128: 32}  # columns that RoPE turns at a time, of each half of a head
@@ -24,19 +22,20 @@ OTHER = 8192  # bytes of shared memory for reductions and barriers, counted from
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Share:
-    """How rows of keys are parted.
+    """How rows are parted.
 
     Attributes:
         blocks: C, of threads, in a cluster.
-        width: E/C, columns of a block.
-        size: H.
+        width: W, columns of a block.
+        size: H, columns that a query meets; W where every query meets all columns.
         piece: columns that come and go together.
-        rows: query rows of a block's heads, filled up to a multiple of 8 for their product,
+        rows: query rows of a block, filled up to a multiple of 8 for their product,
         held: and of 4 for TMA, which brings 16 bytes at least.
         rotary: whether keys are turned.
-        codes: whether keys, and extra coordinates, are int16 codes with a scale for each token, else bfloat16.
+        codes: whether rows, and extra coordinates, are int16 codes with a scale for each token, else bfloat16.
         extra: R, coordinates of a row besides its keys, weighed alike.
-        slots: pieces of 64 tokens that shared memory holds, two blocks of tokens at least.
+        groups: clusters that the query rows of a sequence are cut into; each reads all rows.
+        slots: pieces of 64 tokens that shared memory holds, two blocks of tokens at least; see ``fitted``.
     """
 
     blocks: int
@@ -45,15 +44,21 @@ class Share:
     piece: int
     rows: int
     held: int
-    rotary: bool
-    codes: bool
-    extra: int
-    slots: int
+    rotary: bool = False
+    codes: bool = False
+    extra: int = 0
+    groups: int = 1
+    slots: int = 0
+
+    @property
+    def latent(self) -> bool:
+        """Whether every query meets all columns, so that a block's scores are a part of each sum."""
+        return self.size == self.width
 
     @property
     def queries(self) -> int:
-        """M, columns of all scores."""
-        return self.blocks * self.held
+        """M, columns of all weights."""
+        return self.held if self.latent else self.blocks * self.held
 
     @property
     def pieces(self) -> int:
@@ -79,40 +84,75 @@ class Share:
         """Blocks of tokens whose scores may be on their way at a time."""
         return self.slots // self.pieces
 
+    @property
+    def places(self) -> int:
+        """Blocks of tokens whose scores have a place in global memory.
+
+        Who writes those of block n has weighed block n - ahead - 1. So all have written scores of that one, and have
+        weighed, and read the scores of, block n - 2 ahead - 2: its place is free.
+        """
+        return 2 * self.ahead + 2
+
+    def fitted(self) -> "Share | None":
+        """The same with all the slots that there is room for, or None if a block of threads cannot hold it."""
+        taken = 4 * BLOCK * self.blocks * self.held + (2 * BLOCK + 12) * self.queries
+        taken += self.rows * (2 * self.width + 4 * BLOCK)
+        taken += 4 * BLOCK * self.size if self.rotary else 0
+        taken += SLOTS * 4 * BLOCK * (2 if self.extra else 1) if self.codes else 0
+        taken += 2 * BLOCK * (SLOTS * BLOCK + self.queries) if self.extra else 0
+        slots = (SHARED_LIMIT - OTHER - taken) // (2 * BLOCK * self.piece)
+        sums = (self.width // MIXERS + (BLOCK if self.extra else 0)) * self.queries
+        if self.queries > ROWS or sums > 128 * (CODED if self.codes else PLAIN) or slots < 2 * self.pieces:
+            return None
+        return dataclasses.replace(self, slots=slots)
+
 
 def share(
     kv_heads: int, size: int, rows: int, *, rotary: bool = False, codes: bool = False, extra: int = 0
 ) -> Share | None:
     """The smallest cluster for so many key heads of H = ``size`` and query rows of each; None if there is none."""
-    if size not in PIECES:
-        return None
-    for blocks, piece in itertools.product(CLUSTERS, PIECES[size]):
+    for blocks, piece in itertools.product(CLUSTERS, PIECES.get(size, ())):
         width, own = kv_heads * size // blocks, -(-rows * kv_heads // blocks)
-        filled, sent = -(-own // 8) * 8, -(-own // (4 if blocks > 1 else 8)) * (4 if blocks > 1 else 8)
-        queries = sent * blocks
-        taken = (6 * BLOCK + 12) * queries + filled * (2 * width + 4 * BLOCK)
-        taken += 4 * BLOCK * size if rotary else 0
-        taken += SLOTS * 4 * BLOCK * (2 if extra else 1) if codes else 0
-        taken += 2 * BLOCK * (SLOTS * BLOCK + queries) if extra else 0
-        slots = (SHARED_LIMIT - OTHER - taken) // (2 * BLOCK * piece)
-        sums = width // MIXERS + (BLOCK if extra else 0)
-        whole = kv_heads % blocks == 0 and width % (MIXERS * piece) == 0
-        fits = (
-            queries <= ROWS
-            and sums * queries <= 128 * (CODED if codes else PLAIN)
-            and slots * piece >= 2 * width
-        )
-        if whole and fits:
-            return Share(
-                blocks=blocks,
-                width=width,
-                size=size,
-                piece=piece,
-                rows=filled,
-                held=sent,
-                rotary=rotary,
-                codes=codes,
-                extra=extra,
-                slots=slots,
-            )
+        if kv_heads % blocks or width % (MIXERS * piece) or width == size:
+            continue
+        few = 4 if blocks > 1 else 8
+        filled, sent = -(-own // 8) * 8, -(-own // few) * few
+        found = Share(
+            blocks=blocks,
+            width=width,
+            size=size,
+            piece=piece,
+            rows=filled,
+            held=sent,
+            rotary=rotary,
+            codes=codes,
+            extra=extra,
+        ).fitted()
+        if found is not None:
+            return found
     return None
+
+
+def share_latent(width: int, rows: int, *, codes: bool = False) -> Share | None:
+    """How so many query rows meet rows of ``width`` columns with the least to move within the GPU, or None."""
+    found = []
+    for blocks, piece, groups in itertools.product(CLUSTERS, (128, 64), range(1, -(-rows // 8) + 1)):
+        own, mine = width // blocks, -(-rows // groups // 8) * 8
+        if width % (blocks * MIXERS * piece) == 0:
+            part = Share(
+                blocks=blocks,
+                width=own,
+                size=own,
+                piece=piece,
+                rows=mine,
+                held=mine,
+                codes=codes,
+                groups=groups,
+            )
+            found.append(part.fitted())
+    return min((each for each in found if each is not None), key=_moved, default=None)
+
+
+def _moved(part: Share) -> int:
+    """Bytes a token from and to L2: columns, and scores that go round."""
+    return part.groups * part.blocks * (2 * part.width + 4 * part.held * (part.blocks + 1))

@@ -1,14 +1,16 @@
-"""Slim attention's option 2 on Hopper in one pass: every key is read once, for its scores and as what they weigh.
+"""Rows that weigh themselves, on Hopper, in one pass: read once, for their scores and as what is weighed.
 
     s[m, c] = q[m] . R(c) k[c, head of m] * scale       p = softmax(s)       out[m] = sum_c p[m, c] [k, r][c]
 
-R(c) is RoPE's turn, which the second use of a key does not have; r are R extra coordinates. The sum has E = K*H columns
-for every query row, so no block of threads can hold it. A cluster does: each of its C blocks owns E/C columns, whole
-heads of them, and keeps them in shared memory while scores go round. Warpgroups of a block, for 64 tokens at a time:
+Slim attention's option 2 (arXiv 2503.05840): k are keys, R(c) is RoPE's turn, which their second use does not have, r
+are R extra coordinates. And rows that every head meets (inputs, the encoder's output): no heads, no turn. The sum has
+E = K*H columns for every query row, so no block of threads can hold it. A cluster does: each of its C blocks owns E/C
+columns, of keys whole heads, and keeps them in shared memory while scores go round. Its warpgroups, for 64 tokens at a
+time:
 
-    loader   brings the block's columns, in pieces, and the scores of all heads once all blocks have written theirs
-    scorer   s^T = k q^T of the block's own heads, to global memory, which is to say to L2, and tells the cluster;
-             then, of the 64 tokens before, the softmax of all heads, as every block does
+    loader   brings the block's columns, in pieces, and the scores of all queries once all blocks have written theirs
+    scorer   s^T = k q^T of the block's own heads, or the part of all sums that its columns make, to global memory,
+             which is to say to L2, and tells the cluster; then, of the 64 tokens before, the softmax, as every block does
     mixers   two, each for half of the columns: out^T += k^T p^T, from the pieces that the scorer has read
 
 * Products are turned: tokens, or columns, are their 64 rows, and queries their columns, 8 at least. Queries of a block
@@ -18,21 +20,24 @@ heads of them, and keeps them in shared memory while scores go round. Warpgroups
 * RoPE turns keys in float32, halves of a head against each other, by the angles of the block's start and of the tokens
   in it. Turned keys are rounded to bfloat16, those of codes to two.
 * Shared memory holds two blocks of tokens and a part of a third: while one is weighed, scores of the next go round.
-  Each block of tokens has a place of its own in global memory for its scores: nobody overwrites what another reads.
+  They have so many places in global memory that nobody overwrites what another reads (``Share.places``).
+* More query rows than a cluster can hold the sums of are other clusters, or other calls (``share``, ``keys.plan``).
 
-Bytes a token: 2*E of keys, half of an ordinary cache's, and 2*R (of codes 8 more); for M query rows, filled up by
-block, 4*M written and 4*M*C read of scores, mostly within L2; once a part 4*E*M. FLOPs: 4*E*M at most, of codes twice.
+Bytes a token: 2*E of rows, and 2*R (of codes 8 more); for M query rows, filled up by block, 4*M written and 4*M*C read
+of scores within L2 (of rows that every head meets C times both); once a part 4*E*M. FLOPs: 4*E*M at most, of codes
+twice.
 
 Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0, 2026-11-23), no registers spilled, bytes of shared memory:
 
-    Llama-2-7B    C 8   bf16 224,488   int16 225,544   int16+16 214,312
-    Phi-3-mini    C 8   bf16 222,400                   int16+16 220,432
+    Llama-2-7B    C 8   bf16 224,488             int16 225,544       int16+16 214,312
+    Phi-3-mini    C 8   bf16 222,400             int16+16 220,432
     SmolLM2-1.7B  C 4   bf16+16 224,520
-    Whisper       C 2   bf16 227,752 (cross)           int16+16 224,728
+    Whisper       C 2   bf16 227,752 (cross)     int16+16 224,728    x bf16, 3 tokens 221,560    e int16 222,616
+    T5-11B        C 2   e bf16 228,536, three clusters for 128 heads: each reads all rows
 
 Not run on a GPU: what the exchange through L2 costs is not known. Blocks of a cluster could send scores to each
 other's shared memory instead, which the interpreter does not know. Not served: keys with a bias under RoPE, RoPE of
-neighbouring coordinates, more columns than a cluster of 8 shares (T5-11B has 16,384).
+neighbouring coordinates, keys of more columns than a cluster of 8 shares (T5-11B has 16,384).
 """
 
 from typing import Any, NamedTuple
@@ -52,7 +57,7 @@ from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, SLOTS, TUR
 from slimjax.kernels.gpu.slim_steps import mix, score
 
 # Registers of a thread of the loader, the scorer and a mixer, 512 for the four. True: keys are codes, or not alone.
-REGISTERS = {False: (72, 136, 152), True: (64, 128, 160)}
+REGISTERS = {False: (72, 152, 144), True: (64, 128, 160)}
 
 
 class Held(NamedTuple):
@@ -63,7 +68,7 @@ class Held(NamedTuple):
 
 
 def attend_keys(
-    q: BFloat16[Array, "B C R W"],
+    q: BFloat16[Array, "GB C R W"],
     keys: Held,
     extra: Held | None,
     length: Lengths,
@@ -74,18 +79,19 @@ def attend_keys(
     *,
     splits: int,
     interpret: Any = False,
-) -> tuple[Float[Array, "P B E+R M"], Float[Array, "P B M"]]:
+) -> tuple[Float[Array, "P GB E+R M"], Float[Array, "P GB M"]]:
     """Answers, turned, and log-sums of P = ``splits`` parts of each sequence, float32; of no key: 0 and ``MASK``.
 
-    q: rows of each block's heads, in the columns of their own head and else zero. keys: [B, S, E]; extra: [B, R, S].
-    S and R are multiples of 8. ``first``: position of each sequence's first query. ``interpret``: False, or
-    ``mosaic.interpreter()``.
+    q: rows of each block's heads, in the columns of their own head and else zero; or, G groups a sequence, rows that
+    meet all columns. keys: [B, S, E]; extra: [B, R, S]. S and R are multiples of 8. ``first``: position of each
+    sequence's first query. ``interpret``: False, or ``mosaic.interpreter()``.
     """
-    batch, capacity, width = keys.rows.shape
-    blocks = -(-capacity // BLOCK)
+    width = keys.rows.shape[2]
+    length, first = (jnp.repeat(each, part.groups) for each in (length, first))
+    batch = len(length)
     optional = {"keys_scale": keys.scale}
     optional |= {"extra": extra.rows, "extra_scale": extra.scale} if extra else {}
-    optional |= _angles(position, part.size, blocks) if part.rotary else {}
+    optional |= _angles(position, part.size, -(-keys.rows.shape[1] // BLOCK)) if part.rotary else {}
     given = {name: array for name, array in optional.items() if array is not None}
 
     def body(length: Any, first: Any, q: Any, keys: Any, *rest: Any) -> None:
@@ -100,10 +106,10 @@ def attend_keys(
         out=(
             jax.ShapeDtypeStruct((splits, batch, rows, part.queries), jnp.float32),
             jax.ShapeDtypeStruct((splits, batch, part.queries), jnp.float32),
-            jax.ShapeDtypeStruct((batch, blocks * BLOCK, part.blocks, part.rows), jnp.float32),
+            jax.ShapeDtypeStruct((batch, splits, part.places * BLOCK, part.blocks, part.rows), jnp.float32),
         ),
         scratch=_shared(part),
-        grid={"part": splits, "sequence": batch},
+        grid={"sequence": batch, "part": splits},  # groups of a sequence side by side
         cluster={"column": part.blocks},
         groups=GROUPS,
         interpret=interpret,
@@ -157,7 +163,7 @@ def _shared(part: Share) -> dict[str, Any]:
 
 
 def _kernel(
-    # inputs, all in global memory: [B], [B]; q [B, C, R, W], keys [B, S, E], scores [B, S, C, R], angles
+    # inputs, all in global memory: [B], [B]; q [B, C, R, W], keys [B, S, E], scores [B, P, *, C, R], angles
     length: Any,
     first: Any,
     arrays: dict[str, Any],
@@ -193,6 +199,7 @@ def _kernel(
 
 def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Share) -> None:
     plgpu.copy_gmem_to_smem(arrays["q"].at[place.sequence, place.column], shared["q"], shared["q_ready"])
+    sequence = jax.lax.div(place.sequence, jnp.int32(part.groups))
     for index, name in enumerate(("cos", "sin") if part.rotary else ()):
         plgpu.copy_gmem_to_smem(arrays[name], shared[name], shared["angles_ready"].at[index])
 
@@ -204,8 +211,8 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
         def wait() -> None:
             plgpu.barrier_wait(shared["scores_free"])
 
-        tokens = ring.rows_of(place.start + j)
-        source = arrays["scores"].at[place.sequence, tokens, :, pl.ds(0, part.held)]
+        rows = ring.rows_of(jax.lax.rem(j, jnp.int32(part.places)))
+        source = arrays["scores"].at[place.sequence, place.part, rows, :, pl.ds(0, part.held)]
         plgpu.copy_gmem_to_smem(source, shared["scores"], shared["scores_ready"])
 
     @pl.loop(0, place.count)
@@ -213,9 +220,9 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
         tokens = ring.rows_of(place.start + j)
         for name in ("keys_scale", "extra_scale"):
             if name in arrays:
-                ring.bring(shared, name, j, arrays[name].at[place.sequence, 0, tokens])
+                ring.bring(shared, name, j, arrays[name].at[sequence, 0, tokens])
         if part.extra:
-            mine = arrays["extra"].at[place.sequence, :, tokens]
+            mine = arrays["extra"].at[sequence, :, tokens]
             pl.when(place.column == 0)(lambda: ring.bring(shared, "extra", j, mine))
 
         @pl.loop(0, part.pieces)
@@ -227,7 +234,7 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
                 plgpu.barrier_wait(shared["keys_free"].at[slot])
 
             columns = pl.ds(place.column * part.width + index * part.piece, part.piece)
-            source = arrays["keys"].at[place.sequence, tokens, columns]
+            source = arrays["keys"].at[sequence, tokens, columns]
             plgpu.copy_gmem_to_smem(source, shared["keys"].at[slot], shared["keys_ready"].at[slot])
 
         @pl.when(j > 0)

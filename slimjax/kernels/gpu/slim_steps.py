@@ -3,6 +3,7 @@
 Arrays of scores and weights are [64, M]: a row is a token, a column a query.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -38,7 +39,8 @@ def score(
     def step(j: Any) -> None:
         shared["sent"][...] = _met(arrays, shared, j, place, part, interpreted)
         plgpu.commit_smem()
-        target = arrays["scores"].at[place.sequence, ring.rows_of(place.start + j), place.column]
+        rows = ring.rows_of(jax.lax.rem(j, jnp.int32(part.places)))
+        target = arrays["scores"].at[place.sequence, place.part, rows, place.column]
         plgpu.copy_smem_to_gmem(shared["sent"], target)
         pl.when(j > 0)(lambda: weights(j - 1))
         plgpu.wait_smem_to_gmem(0)
@@ -167,7 +169,7 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
         peak, total = (
             mosaic.by_column(shared[name].at[columns], interpreted=interpreted) for name in ("peak", "total")
         )
-        raw = mosaic.load_columns(shared["scores"], columns, interpreted=interpreted)
+        raw = _summed(shared["scores"], columns, part, interpreted)
         if scales:
             raw *= _across(scales[0], raw)
         raw = _masked(capped(raw, rules), token, start, place, rules, part, interpreted)
@@ -187,6 +189,14 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
     plgpu.barrier_arrive(shared["p_ready"])
     for name in names:
         ring.give(shared, name, j)
+
+
+def _summed(scores: Any, columns: Any, part: Share, interpreted: bool) -> Array:
+    """Scores of some queries, [64, n]; of rows that every query meets, the sum of all blocks'."""
+    starts = range(0, part.blocks * part.held, part.held) if part.latent else (0,)
+    each = (pl.ds(start + columns.start, columns.size) for start in starts)
+    parts = [mosaic.load_columns(scores, mine, interpreted=interpreted) for mine in each]
+    return functools.reduce(jnp.add, parts)
 
 
 def _weighing(p: Array, scales: list[Array], part: Share) -> dict[str, Array]:
@@ -214,6 +224,7 @@ def _masked(
         if rules.tokens > 1:
             column = start + mosaic.iota(raw.shape, 1, interpreted=interpreted)
             own = jax.lax.rem(column, jnp.int32(part.held))
+            own += jax.lax.rem(place.sequence, jnp.int32(part.groups)) * part.held
             query += jax.lax.div(own, jnp.int32(rules.group * part.width // part.size))
         return jnp.where(rules.sees(at, query, place.length), raw, -jnp.inf)
 

@@ -1,0 +1,89 @@
+"""Attention on rows that every head meets, of bases x, e and h, by kernels for Hopper (as MLA's absorbed decode)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from slimjax.axes import Lengths
+from slimjax.cache import Cache, codec_of
+from slimjax.cache.codecs.integers import IntegerCodec
+from slimjax.kernels.combine import combine
+from slimjax.kernels.gpu import mosaic
+from slimjax.kernels.gpu.grid import PROCESSORS, parts
+from slimjax.kernels.gpu.ring import Rules
+from slimjax.kernels.gpu.share import GROUPS, Share, share_latent
+from slimjax.kernels.gpu.slim import Held, attend_keys
+from slimjax.kernels.spec import DecodeSpec
+
+BASES = ("x", "e", "h")
+
+
+def plan(spec: DecodeSpec, tokens: int) -> Share | None:
+    """How clusters share rows, or None."""
+    coded = isinstance(codec_of(spec.scheme).stream(spec.scheme.basis), IntegerCodec)
+    return share_latent(row_width(spec), tokens * spec.heads, codes=coded)
+
+
+def row_width(spec: DecodeSpec) -> int:
+    """Columns of a cached row."""
+    return spec.key_width if spec.scheme.basis == "h" else spec.width
+
+
+def refusal(spec: DecodeSpec, tokens: int, *, biased: bool) -> str | None:
+    """Why such rows are not served, or None."""
+    scheme = spec.scheme
+    if scheme.option == 1:
+        return f"option 1 rebuilds rows, which takes more time than reading them; use {scheme.basis}2"
+    if mosaic.OLD:
+        return f"basis {scheme.basis} has no kernel for GPUs under jax 0.10; use 0.11 or newer"
+    if biased and spec.softcap is not None:
+        return "a key bias under a softcap has no kernel for GPUs"
+    if plan(spec, tokens) is None:
+        return (
+            f"rows of {row_width(spec)} columns for {tokens} query tokens of {spec.heads} heads have no kernel for "
+            "GPUs: no cluster of 8 blocks of threads shares them"
+        )
+    return None
+
+
+def attend(
+    q: Float[Array, "B T N D"],
+    cache: Cache,
+    length: Lengths,
+    start: Lengths,
+    rules: Rules,
+    spec: DecodeSpec,
+    *,
+    splits: int | None,
+    interpret: Any,
+) -> Float[Array, "B T N D"]:
+    """Rows weighed by queries that were made for them. A bias of the keys is left out, as it cancels.
+
+    Raises RuntimeError interpreted with too few threads.
+    """
+    batch, tokens, heads, width = q.shape
+    part = plan(spec, tokens)
+    assert part is not None  # or it is refused
+    mosaic.enough_threads(part.blocks * GROUPS, "on rows that every head meets", interpret)
+    rows = q.reshape(batch, tokens * heads, width)
+    rows = jnp.pad(rows, ((0, 0), (0, part.groups * part.rows - tokens * heads), (0, 0)))
+    rows = rows.reshape(batch * part.groups, part.rows, part.blocks, part.width)
+    held = Held(*cache.streams[spec.scheme.basis].leaves)
+    if splits is None:
+        splits = parts(batch * part.groups, cache.capacity, processors=PROCESSORS // part.blocks)
+    answers, log_sums = attend_keys(
+        jnp.swapaxes(rows, 1, 2),
+        held,
+        None,
+        length,
+        start,
+        rules,
+        spec.position,
+        part,
+        splits=splits,
+        interpret=interpret,
+    )
+    mixed, _ = combine(jnp.swapaxes(answers, 2, 3), log_sums)
+    mixed = mixed.reshape(batch, part.groups * part.rows, width)
+    return mixed[:, : tokens * heads].reshape(q.shape)
