@@ -10,7 +10,7 @@ time:
 
     loader   brings the block's columns, in pieces, and the scores of all queries once all blocks have written theirs
     scorer   s^T = k q^T of the block's own heads, or the part of all sums that its columns make, to global memory,
-             which is to say to L2, and tells the cluster; then, of the 64 tokens before, the softmax, as every block does
+             which is to say to L2, and tells the cluster; then, of the 64 tokens before, the softmax of every query
     mixers   two, each for half of the columns: out^T += k^T p^T, from the pieces that the scorer has read
 
 * Products are turned: tokens, or columns, are their 64 rows, and queries their columns, 8 at least. Queries of a block
