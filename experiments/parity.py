@@ -133,15 +133,19 @@ def _measure(cell: Cell, *, shape: Shape, asked: ParityConfig) -> dict[str, Any]
 
 
 def poisoned(cache: Cache) -> Cache:
-    """NaN behind each sequence's tokens, in what is stored as rows of floats."""
+    """NaN behind each sequence's tokens, in rows of floats and in scales of rows, [B, S, ...] or [B, *, S]."""
     slots = jnp.arange(cache.capacity)[None]
     past = slots >= cache.length[:, None]
 
     def spoil(leaf: jax.Array) -> jax.Array:
-        rows = leaf.shape[:2] == past.shape and jnp.issubdtype(leaf.dtype, jnp.floating)
-        if not rows:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return leaf
-        behind = past.reshape(*past.shape, *(1,) * (leaf.ndim - 2))
+        if leaf.shape[:2] == past.shape:
+            behind = past.reshape(*past.shape, *(1,) * (leaf.ndim - 2))
+        elif leaf.ndim == 3 and leaf.shape[::2] == past.shape:  # tokens last
+            behind = past[:, None]
+        else:
+            return leaf
         return jnp.where(behind, jnp.full_like(leaf, jnp.nan), leaf)
 
     return dataclasses.replace(cache, streams=jax.tree.map(spoil, cache.streams))

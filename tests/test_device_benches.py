@@ -88,14 +88,22 @@ def test_a_broken_kernel_is_a_failed_row(fault, tmp_path, monkeypatch):
     assert all(reason in record.reason for record in found)
 
 
-def test_poison_lies_behind_every_sequence_and_nowhere_else():
-    spec = SHAPES["tiny-rope"].spec("kv:bf16", "bfloat16")
+@pytest.mark.parametrize("scheme", ["kv:bf16", "k2:bf16+8", "k2:int16+8"])
+def test_poison_lies_behind_every_sequence_and_nowhere_else(scheme):
+    spec = SHAPES["tiny-rope"].spec(scheme, "bfloat16")
     cache = decode_bench.random_cache(spec, 3, 16, seed=0)
     cache = parity.dataclasses.replace(cache, length=jnp.asarray([0, 5, 16], jnp.int32))
-    for leaf in jax.tree.leaves(parity.poisoned(cache).streams):
-        spoilt = np.isnan(np.asarray(leaf, np.float32)).reshape(3, 16, -1)
-        assert [int(each.all(axis=-1).sum()) for each in spoilt] == [16, 11, 0]
-        assert spoilt.sum() == 27 * spoilt.shape[-1]
+    spoilt_leaves = 0
+    for stream in parity.poisoned(cache).streams.values():
+        for leaf, tokens_last in zip(stream.leaves, stream.tokens_last, strict=True):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                continue
+            values = np.asarray(leaf, np.float32)
+            spoilt = np.isnan(np.swapaxes(values, 1, 2) if tokens_last else values).reshape(3, 16, -1)
+            assert [int(each.all(axis=-1).sum()) for each in spoilt] == [16, 11, 0]
+            assert spoilt.sum() == 27 * spoilt.shape[-1]
+            spoilt_leaves += 1
+    assert spoilt_leaves == 2
 
 
 def test_ceilings_are_of_copies_sums_and_products(tmp_path):

@@ -15,7 +15,7 @@ from threaded import alone, run_threaded, threaded
 from slimjax import decode
 from slimjax.cache import append, codec_of, empty
 from slimjax.kernels import reference
-from slimjax.kernels.gpu import keys, mosaic, share, slim, slim_steps
+from slimjax.kernels.gpu import keys, latent, mosaic, share, slim, slim_mix, slim_steps
 from slimjax.kernels.shapes import SHAPES
 from slimjax.numerics import relative_l2
 
@@ -37,11 +37,12 @@ CASES = [
     (
         2,
         case((12, 4, 64), 2, options=(("window", 5), ("scale", 0.3))),
-    ),  # 12 rows a block, two columns of a bias
+    ),  # 12 rows a block
     (2, case((4, 4, 128), 3, "learned", (("causal", False),), k_bias=True)),
     (4, case((8, 8, 64), 1, "rope", (("window", 70),), lengths=(2 * BLOCK + 9,))),
-    # More query tokens than fit: each has a pass of its own.
-    (1, case((8, 8, 64), 8, "rope", lengths=(70,))),
+    # More query tokens than fit: six, and two more in a pass of their own.
+    (1, case((8, 8, 64), 8, "rope", (("window", 5),), lengths=(70,), splits=2, scheme="k2:int16+8")),
+    (2, case((8, 4, 64), 1, "rope")),
     (2, case((4, 4, 64), scheme="k2:int16", splits=2, lengths=suite.LENGTHS)),
     (2, case((8, 8, 96), 1, "rope", scheme="k2:int16")),
     (2, case((4, 4, 64), 2, "rope", EVERYTHING, scheme="k2:int16+16")),
@@ -50,7 +51,7 @@ CASES = [
     # Rows that every head meets: each block's scores are a part; clusters for groups of queries.
     (2, case((4, 4, 64), 2, "learned", EVERYTHING, scheme="x2:bf16", splits=2, lengths=suite.LENGTHS)),
     (1, case((4, 2, 64), 3, options=(("causal", False),), scheme="e2:int16", k_bias=True)),
-    (2, case((32, 4, 64), 2, options=(("window", 70),), scheme="x2:int16", lengths=(2 * BLOCK + 9,))),
+    (2, case((32, 4, 64), 3, options=(("window", 70),), scheme="x2:int16", lengths=(2 * BLOCK + 9,))),
     (2, case((8, 8, 64), 1, options=(("causal", False),), scheme="h2:bf16")),
     # So many blocks of tokens that every slot of shared memory is used again.
     (2, case((8, 8, 128), lengths=(7 * BLOCK, 6 * BLOCK + 3), capacity=7 * BLOCK)),
@@ -110,7 +111,7 @@ def test_one_pass_loses_nothing_of_codes_to_a_map_that_enlarges_errors(position,
 
 
 @threaded
-@pytest.mark.parametrize("hasty", [slim, slim_steps], ids=["loader", "scorer and mixers"])
+@pytest.mark.parametrize("hasty", [slim, slim_steps, slim_mix], ids=["loader", "scorer", "mixers"])
 def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatch):
     known = vars(hasty.plgpu)
     monkeypatch.setattr(hasty, "plgpu", SimpleNamespace(**known | {"barrier_wait": lambda barrier: None}))
@@ -124,7 +125,7 @@ def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatc
 
 @alone
 def test_in_a_process_of_enough_threads():
-    run_threaded(__file__, ["one_pass"], len(CASES) + 6)
+    run_threaded(__file__, ["one_pass"], len(CASES) + 7)
 
 
 def test_with_too_few_threads_it_says_so(monkeypatch):
@@ -134,25 +135,41 @@ def test_with_too_few_threads_it_says_so(monkeypatch):
         decode(q, cache, weights, spec, implementation="pallas_gpu")
 
 
-# Blocks of a cluster, and query tokens that are decoded together, of one and of eight.
+# Blocks of a cluster, and of eight query tokens those that are decoded together.
 SHARED = {
-    "llama-2-7b": (8, 1, 1),
-    "phi-3-mini": (8, 1, 2),
-    "smollm2-1.7b": (4, 1, 2),
-    "whisper-large-self": (2, 1, 2),
+    "llama-2-7b": (8, [1] * 8),
+    "phi-3-mini": (8, [2] * 4),
+    "smollm2-1.7b": (4, [2] * 4),
+    "whisper-large-self": (2, [2] * 4),
 }
 
 
 @pytest.mark.parametrize("shape", SHARED)
 def test_real_shapes_are_shared(shape):
-    blocks, *counts = SHARED[shape]
-    spec = dataclasses.replace(SHAPES[shape].spec("k2:bf16", "bfloat16"))
-    found = [keys.plan(spec, tokens, 1) for tokens in (1, 8)]
-    assert [each[0] for each in found] == counts
-    assert found[0][1].blocks == blocks
+    blocks, counts = SHARED[shape]
+    spec = SHAPES[shape].spec("k2:bf16", "bfloat16")
+    ((count, part),) = keys.plan(spec, 1, None)
+    assert (count, part.blocks) == (1, blocks)
+    found = keys.plan(spec, 8, None)
+    assert [count for count, _ in found] == counts
     for _, part in found:
         assert part.slots * part.piece >= 2 * part.width
         assert part.blocks * part.width == spec.key_width
+
+
+def test_two_passes_serve_more_query_tokens_where_they_can():
+    spec = SHAPES["whisper-large-self"].spec("k2:bf16", "bfloat16")
+    assert keys.plan(spec, 3, None) is None
+    assert [count for count, _ in keys.plan(spec, 3, 1)] == [2, 1]
+    assert [count for count, _ in keys.plan(spec, 7, None)] == [2, 2, 2, 1]  # 140 rows are no two passes'
+
+
+def test_query_rows_of_latents_are_cut_into_clusters():
+    spec = SHAPES["t5-11b-cross"].spec("e2:bf16", "bfloat16")
+    part = latent.plan(spec, 1)
+    assert part.groups * part.rows >= 128 > part.rows
+    each = CASES[NAMES.index("C2-x2:int16-32x4x64-none-T3-P1-window=70")][1]
+    assert latent.plan(suite.made(each)[-1], each.tokens).groups > 1
 
 
 def test_passes_other_than_one_and_two_are_refused():

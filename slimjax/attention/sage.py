@@ -88,8 +88,8 @@ class Sage:
         def add(sum_: Array, start: Int[Array, ""] | int, count: int) -> Array:
             # Slots past a length read as zeros, slots that nobody sees as what they hold.
             # As a product: XLA on CPU else works a key out anew for each number it adds, three times as long.
-            part = jax.lax.dynamic_slice_in_dim(seen, start, count, axis=1)
-            return sum_ + einsum("bskh,bsuv->bukh", rows(start, count)["k"], part)
+            part = jax.lax.dynamic_slice_in_dim(seen, start, count, axis=1)[:, :, 0, 0]
+            return sum_ + einsum("bskh,bs->bkh", rows(start, count)["k"], part)[:, None]
 
         summed = fold(slots, size, add, jnp.zeros((batch, 1, kv_heads, width), jnp.float32))
         mean = summed / jnp.maximum(jnp.sum(seen, axis=1, keepdims=True), 1.0)

@@ -61,6 +61,7 @@ def decode(
         ValueError: shapes or a cache that do not fit the spec, or an unknown implementation.
         NotImplementedError: the spec cannot use its basis, or a named implementation, or every one tried,
             refuses; with the reasons.
+        RuntimeError: "pallas_gpu" interpreted by a process of fewer threads than its warpgroups wait in (``NPROC``).
     """
     batch, tokens, heads, size = q.shape
     if (heads, size) != (spec.heads, spec.head_dim):

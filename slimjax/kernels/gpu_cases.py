@@ -67,6 +67,7 @@ CASES = (
     Case(scheme="x2:bf16", shape="whisper-large-self", tokens=3),
     Case(scheme="e2:bf16", shape="t5-11b-cross"),
     Case(scheme="e2:int16", shape="whisper-large-cross"),
+    Case(scheme="h2:bf16", shape="whisper-large-cross"),
     Case(scheme="k2:bf16", shape="phi-3-mini", options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=2, options=(PLAIN,)),
     Case(scheme="k2:bf16", shape="whisper-large-self", tokens=3),

@@ -45,8 +45,8 @@ def decode(
 
     Args:
         q, cache, weights, spec, start: as there; ``start`` is the position of each sequence's first query.
-        splits: parts that a sequence is cut into; None: see ``parts``.
-        passes: how often keys alone are read, 1 or 2; None: once, where a cluster can share their rows.
+        splits: parts that a sequence is cut into; None: see ``grid.parts``.
+        passes: how often keys alone are read, 1 or 2; None: see ``keys.plan``. Other bases are read once.
         interpret: False, or ``mosaic.interpreter()``; None: interpreted where there is no GPU.
 
     Raises:
@@ -209,7 +209,10 @@ def _plain(
 def refusal(
     spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool = False, passes: int | None = None
 ) -> str | None:
-    """Why no kernel serves this spec, so many query tokens and slots, or None. ``biased``: keys have a bias."""
+    """Why no kernel serves this spec, so many query tokens and slots, or None.
+
+    biased: keys have a bias. passes: as in ``decode``.
+    """
     scheme = spec.scheme
     if flashq.serves(spec):
         return flashq.refusal(spec) or _tiles_refusal(spec, tokens) or _shape_refusal(spec, tokens, capacity)
@@ -222,7 +225,8 @@ def refusal(
     codec = codec_of(scheme)
     if not all(_stored(codec.stream(name), scheme.basis) for name in basis(spec).streams(spec)):
         return (
-            f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq and of k int16 by token"
+            f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, and of other bases int16 with a "
+            "float32 scale for each token"
         )
     if reason := _shape_refusal(spec, tokens, capacity):
         return reason

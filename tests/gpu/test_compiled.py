@@ -18,7 +18,12 @@ pytestmark = pytest.mark.skipif(
     reason=f"{gpu_aot.missing()}; make test-gpu-aot installs it",
 )
 TWICE = ["slimjax_score_rows", "slimjax_weigh_rows"]
-REGISTERS = 65536 // 384 // 8 * 8  # all that three warpgroups can have
+ONCE = ["slimjax_keys"]
+
+
+def most_registers(names):
+    """All that a thread can have where a kernel begins with three warpgroups, or four."""
+    return 65536 // (128 * (4 if names == ONCE else 3)) // 8 * 8
 
 
 def expected(case):
@@ -28,8 +33,8 @@ def expected(case):
     if case.scheme == "kv:bf16":
         return ["slimjax_heads"]
     if case.scheme[0] in "xeh":
-        return ["slimjax_keys"]
-    return TWICE if keys.plan(case.spec, case.tokens, None) is None else ["slimjax_keys"]
+        return ONCE
+    return TWICE if keys.plan(case.spec, case.tokens, None) is None else ONCE
 
 
 @pytest.mark.parametrize("case", gpu_cases.CASES, ids=str)
@@ -47,16 +52,17 @@ def test_it_compiles_without_spills_or_copies(case):
                 tiles.memory(rows, case.spec.head_dim, each.bits, each.tile) for each in widths(part) or ()
             )
             assert kernel.shared <= counted
-        assert kernel.registers <= REGISTERS
+        assert kernel.registers <= most_registers(names)
         # Each block of threads has a processor of its own, and most of its shared memory; packed tiles need less.
         assert (0 if tiled else gpu_aot.SHARED_LIMIT / 2) < kernel.shared <= gpu_aot.SHARED_LIMIT
     memory = compiled.memory_analysis()
-    cached = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(specs[1]))
-    assert memory.argument_size_in_bytes > cached
-    # Scores, or parts.
-    assert memory.temp_size_in_bytes < cached / (
-        3 if names == TWICE else 12 if names == ["slimjax_keys"] else 50
+    cached, maps = (
+        sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(each)) for each in specs[1:3]
     )
+    assert memory.argument_size_in_bytes > cached
+    # Scores, or parts; XLA copies maps to multiply by them.
+    share = 3 if names == TWICE else 12 if names == ONCE else 50
+    assert memory.temp_size_in_bytes < cached / share + maps
 
 
 def toy(x, *, slots=1):

@@ -150,18 +150,14 @@ def _step(
     now = jnp.maximum(peak, raw.max(axis=1))
     level = jnp.where(now == -jnp.inf, 0.0, now)  # of rows that have seen nothing: not inf - inf
     shrunk = jnp.exp2(peak - level)
-    p = jnp.exp2(raw - _across(level, raw))
+    p = jnp.exp2(raw - mosaic.across(level, raw))
     total = total * shrunk + p.sum(axis=1)
 
     values = ring.take(shared, "values", j)
     ring.clear(values, token, place.length, interpreted=interpreted)
     new = mosaic.product(p.astype(values.dtype), values, interpreted=interpreted)
     ring.give(shared, "values", j)
-    return mixed * _across(shrunk, mixed) + new, now, total
-
-
-def _across(by_row: Array, like: Array) -> Array:
-    return jax.lax.broadcast_in_dim(by_row, like.shape, (0,))
+    return mixed * mosaic.across(shrunk, mixed) + new, now, total
 
 
 def capped(raw: Array, rules: Rules) -> Array:
@@ -196,7 +192,7 @@ def _finish(
     mixed, peak, total = state
     sees = total > 0
     whole = jnp.where(sees, total, 1.0)
-    shared["out"][group] = mixed / _across(whole, mixed)
+    shared["out"][group] = mixed / mosaic.across(whole, mixed)
     shared["log_sums"][group] = jnp.where(sees, peak / LOG2E + jnp.log(whole), MASK)
     plgpu.commit_smem()
     at = (place.part * READERS + group, place.sequence, place.column)

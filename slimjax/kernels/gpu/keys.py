@@ -20,39 +20,51 @@ from slimjax.kernels.gpu.slim import Held, attend_keys
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import MASK
 
-Plan = tuple[int, Share]  # query tokens that are decoded together, and how a cluster shares their keys
+MOST = 16  # calls of the kernel for one decode
+
+Plan = tuple[tuple[int, Share], ...]  # of each call its query tokens, and how a cluster shares rows for them
 
 
 def plan(spec: DecodeSpec, tokens: int, passes: int | None) -> Plan | None:
-    """How keys are read in one pass, or None: in two.
+    """How keys are read in one pass, or None: in two, or not at all.
 
-    More query tokens than a cluster can hold the sums of are decoded in turn, each with a pass of its own: only where
-    two passes are none, or are not wanted.
+    Of more query tokens than a cluster can hold the sums of, some are decoded after others, each with a pass of its
+    own; where two passes serve them all they do so instead, unless one is asked for.
     """
-    if mosaic.OLD or passes == 2:
+    if mosaic.OLD or passes == 2 or not (most := _together(spec, tokens)):
         return None
-    for count in (each for each in range(tokens, 0, -1) if tokens % each == 0):
-        part = share(
-            spec.kv_heads,
-            spec.head_dim,
-            count * spec.group,
-            rotary=spec.position.rotary,
-            codes=_coded(spec),
-            extra=spec.scheme.extra,
-        )
-        if part is not None:
-            return (count, part) if count == tokens or _only_once(spec) or passes == 1 else None
-    return None
+    counts = [min(most, tokens - at) for at in range(0, tokens, most)]
+    twice = not _only_once(spec) and tokens * spec.heads <= ROWS
+    if len(counts) > MOST or (len(counts) > 1 and twice and passes is None):
+        return None
+    found = tuple((count, part) for count in counts if (part := _shared(spec, count)))
+    return found if len(found) == len(counts) else None
 
 
-def _coded(spec: DecodeSpec) -> bool:
-    """Whether keys are int16 codes."""
-    return isinstance(codec_of(spec.scheme).stream("k"), IntegerCodec)
+def _together(spec: DecodeSpec, tokens: int) -> int:
+    """Query tokens that one call can serve, at most ``tokens``."""
+    return next((count for count in range(tokens, 0, -1) if _shared(spec, count)), 0)
+
+
+def _shared(spec: DecodeSpec, tokens: int) -> Share | None:
+    return share(
+        spec.kv_heads,
+        spec.head_dim,
+        tokens * spec.group,
+        rotary=spec.position.rotary,
+        codes=_coded(spec, "k"),
+        extra=spec.scheme.extra,
+    )
+
+
+def _coded(spec: DecodeSpec, name: str) -> bool:
+    """Whether a stream's rows are int16 codes."""
+    return isinstance(codec_of(spec.scheme).stream(name), IntegerCodec)
 
 
 def _only_once(spec: DecodeSpec) -> bool:
     """Whether no two passes serve it."""
-    return spec.position.rotary or _coded(spec) or bool(spec.scheme.extra)
+    return spec.position.rotary or _coded(spec, "k") or bool(spec.scheme.extra)
 
 
 def refusal(spec: DecodeSpec, tokens: int, *, biased: bool, passes: int | None) -> str | None:
@@ -61,31 +73,36 @@ def refusal(spec: DecodeSpec, tokens: int, *, biased: bool, passes: int | None) 
         return "option 1 rebuilds rows, which takes more time than reading them; use k2"
     if spec.scheme.extra % 8 or spec.scheme.extra > BLOCK:
         return f"{spec.scheme.extra} extra coordinates have no kernel for GPUs; it has multiples of 8 up to {BLOCK}"
+    if spec.scheme.extra and _coded(spec, "r") != _coded(spec, "k"):
+        return "extra coordinates in another codec than the keys have no kernel for GPUs"
     if biased and (spec.position.rotary or spec.softcap is not None):
         return f"a key bias under {'RoPE' if spec.position.rotary else 'a softcap'} has no kernel for GPUs"
     if spec.position.rotary and spec.position.interleaved:
         return "RoPE of neighbouring coordinates, on keys cached before it, has no kernel for GPUs"
     if plan(spec, tokens, passes) is not None:
         return None
-    if passes == 1 or _only_once(spec):
-        return _unshared(spec, passes)
-    if tokens * spec.heads > ROWS:
-        return (
-            f"{tokens} query tokens of {spec.heads} heads a token are more than {ROWS} rows; decode at most "
-            f"{ROWS // spec.heads} at a time"
-        )
+    if passes == 1 or _only_once(spec) or tokens * spec.heads > ROWS:
+        return _unshared(spec, tokens, passes)
     return None
 
 
-def _unshared(spec: DecodeSpec, passes: int | None) -> str:
-    kind = "keys cached before RoPE" if spec.position.rotary else f"rows of {spec.scheme}, read in one pass"
+def _unshared(spec: DecodeSpec, tokens: int, passes: int | None) -> str:
+    """Why one pass does not serve it, and two do not."""
+    kind = "keys cached before RoPE" if spec.position.rotary else f"rows of {spec.scheme}"
+    if (passes == 2 or mosaic.OLD) and not _only_once(spec) and passes != 1:
+        few = ROWS // spec.heads
+        hint = f"; decode at most {few} at a time" if few else ""
+        return f"{tokens} query tokens of {spec.heads} heads a token are more than {ROWS} rows{hint}"
     if passes == 2:
         return f"{kind} have no kernel for GPUs in two passes"
     if mosaic.OLD:
-        return f"{kind} have no kernel for GPUs under jax 0.10; use 0.11 or newer"
+        return f"{kind} have no kernel for GPUs that reads them once under jax 0.10; use 0.11 or newer"
+    if most := _together(spec, tokens):
+        return f"{tokens} query tokens are more than {MOST} calls of {most}; decode at most {MOST * most} at a time"
     return (
-        f"{kind}, {spec.kv_heads} heads of {spec.head_dim} for {spec.heads} query heads, are more than a cluster of 8 "
-        "blocks of threads shares"
+        f"{kind}, {spec.kv_heads} heads of {spec.head_dim} for {spec.heads} query heads, have no kernel for GPUs: a "
+        "cluster of 1, 2, 4 or 8 blocks of threads wants whole heads for each, in multiples of 128 columns (384 of "
+        "heads of 96), up to some 600"
     )
 
 
@@ -109,12 +126,12 @@ def attend(
     found = plan(spec, q.shape[1], passes)
     if found is None:
         return _twice(q, held["k"].rows, length, start, rules, splits, interpret)
-    count, part = found
-    mosaic.enough_threads(part.blocks * GROUPS, "with keys alone in one pass", interpret)
-    mixed = [
-        _once(q[:, at : at + count], held, length, start + at, rules, spec, part, splits, interpret)
-        for at in range(0, q.shape[1], count)
-    ]
+    at, mixed = 0, []
+    for count, part in found:
+        mosaic.enough_threads(part.blocks * GROUPS, "with keys alone in one pass", interpret)
+        some = q[:, at : at + count]
+        mixed.append(_once(some, held, length, start + at, rules, spec, part, splits, interpret))
+        at += count
     return jnp.concatenate(mixed, axis=1)
 
 
@@ -132,29 +149,28 @@ def _once(
     batch, tokens, heads, size = q.shape
     own = part.width // size
     rows = q.reshape(batch, tokens, part.blocks, own, rules.group, 1, size)
-    mine = rows * jnp.eye(own, dtype=q.dtype).reshape(
-        1, 1, 1, own, 1, own, 1
-    )  # in the columns of its own head
+    itself = jnp.eye(own, dtype=q.dtype).reshape(1, 1, 1, own, 1, own, 1)
+    mine = rows * itself  # in the columns of its own head
     mine = jnp.moveaxis(mine, 2, 1).reshape(batch, part.blocks, -1, part.width)
     count = mine.shape[2]
     mine = jnp.pad(mine, ((0, 0), (0, 0), (0, part.rows - count), (0, 0)))
     if splits is None:
         splits = parts(batch, held["k"].rows.shape[1], processors=PROCESSORS // part.blocks)
-    few = dataclasses.replace(rules, tokens=tokens)
+    these = dataclasses.replace(rules, tokens=tokens)
     answers, log_sums = attend_keys(
         mine,
         held["k"],
         held.get("r"),
         length,
         start,
-        few,
+        these,
         spec.position,
         part,
         splits=splits,
         interpret=interpret,
     )
     mixed, _ = combine(jnp.swapaxes(answers, 2, 3), log_sums)
-    mixed = mixed.reshape(batch, part.blocks, part.held, -1)[:, :, :count]
+    mixed = mixed.reshape(batch, part.blocks, part.sent, -1)[:, :, :count]
     mixed = mixed.reshape(batch, part.blocks, tokens, own * rules.group, -1)
     return jnp.swapaxes(mixed, 1, 2).reshape(batch, tokens, heads, -1)
 
@@ -167,7 +183,7 @@ def _twice(
     rules: Rules,
     splits: int | None,
     interpret: Any,
-) -> Float[Array, "B T N E+R"]:
+) -> Float[Array, "B T N E"]:
     """The second pass finds in L2 what there is room for."""
     batch, tokens, heads, _ = q.shape
     rows = by_key_head(q, rules)

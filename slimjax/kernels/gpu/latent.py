@@ -17,12 +17,14 @@ from slimjax.kernels.gpu.slim import Held, attend_keys
 from slimjax.kernels.spec import DecodeSpec
 
 BASES = ("x", "e", "h")
+MOST = 16  # clusters that query rows are cut into, each of which reads all rows
 
 
 def plan(spec: DecodeSpec, tokens: int) -> Share | None:
     """How clusters share rows, or None."""
     coded = isinstance(codec_of(spec.scheme).stream(spec.scheme.basis), IntegerCodec)
-    return share_latent(row_width(spec), tokens * spec.heads, codes=coded)
+    part = share_latent(row_width(spec), tokens * spec.heads, codes=coded)
+    return None if part is None or part.groups > MOST else part
 
 
 def row_width(spec: DecodeSpec) -> int:
@@ -42,7 +44,8 @@ def refusal(spec: DecodeSpec, tokens: int, *, biased: bool) -> str | None:
     if plan(spec, tokens) is None:
         return (
             f"rows of {row_width(spec)} columns for {tokens} query tokens of {spec.heads} heads have no kernel for "
-            "GPUs: no cluster of 8 blocks of threads shares them"
+            f"GPUs: it wants a multiple of 128 columns, some 6,000 at most, and no more query rows than {MOST} "
+            "clusters hold the sums of"
         )
     return None
 

@@ -59,8 +59,7 @@ def call(
 ) -> Callable[..., Any]:
     """A kernel on a grid of named axes, ``groups`` warpgroups (axis "group") a block.
 
-    cluster: the named axis of blocks that run side by side, or none do.
-
+    cluster: a named axis of blocks that run at the same time and can tell each other so, or None.
     interpret: False, or what ``interpreter`` gives.
     """
     return plgpu.kernel(
@@ -134,6 +133,16 @@ def load_turned(ref: Any, *, interpreted: bool) -> jax.Array:
 def by_row(ref: Any, *, interpreted: bool) -> jax.Array:
     """Numbers of rows, [64], from shared memory, to be broadcast to products' results."""
     return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA.reduce(1), interpreted)
+
+
+def across(by_row: jax.Array, like: jax.Array) -> jax.Array:
+    """Numbers of rows in every column."""
+    return jax.lax.broadcast_in_dim(by_row, like.shape, (0,))
+
+
+def down(by_column: jax.Array, like: jax.Array) -> jax.Array:
+    """Numbers of columns in every row."""
+    return jax.lax.broadcast_in_dim(by_column, like.shape, (1,))
 
 
 def load_columns(ref: Any, columns: Any, *, interpreted: bool) -> jax.Array:

@@ -1,8 +1,8 @@
 """What kernels for Hopper share: which tokens a block of threads works on, and how their rows reach it.
 
 The last warpgroup of a block of threads brings blocks of 64 tokens to slots of shared memory by TMA, the others take
-every other block and set its slot free again. Products have 64 rows. Those that hold no query hold what was in shared
-memory, and are not written out: a row never mixes with another.
+every other block and set its slot free again (those of ``slim`` share them all). Products have 64 rows. Those that hold
+no query hold what was in shared memory, and are not written out: a row never mixes with another.
 """
 
 import dataclasses

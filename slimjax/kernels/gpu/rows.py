@@ -5,6 +5,7 @@
 The sum has E = K*H columns for every query row n, N*T of them, so no block of threads can hold it, and parts of the
 columns need the scores of all heads first. The first pass writes scores, XLA makes weights of them, and the second
 pass reads the keys again. Both work on one sequence, part of the tokens (``ring``) and key head, or 64 to 128 columns.
+``slim`` reads keys once: this is what it is held against, and what serves more query tokens where there is no RoPE.
 
 Bytes a token: 4*E of keys, as an ordinary cache of keys and values: half the memory, not half the time. And for R
 query rows a key head (a multiple of 8), M in all: 4*K*R of scores written, 4*N*T read, 2*M of weights written, 2*M a

@@ -29,8 +29,8 @@ class Share:
         width: W, columns of a block.
         size: H, columns that a query meets; W where every query meets all columns.
         piece: columns that come and go together.
-        rows: query rows of a block, filled up to a multiple of 8 for their product,
-        held: and of 4 for TMA, which brings 16 bytes at least.
+        rows: query rows of a block, filled up to a multiple of 8, as products want.
+        sent: those of them whose scores go round, a multiple of 4: TMA brings 16 bytes at least.
         rotary: whether keys are turned.
         codes: whether rows, and extra coordinates, are int16 codes with a scale for each token, else bfloat16.
         extra: R, coordinates of a row besides its keys, weighed alike.
@@ -43,7 +43,7 @@ class Share:
     size: int
     piece: int
     rows: int
-    held: int
+    sent: int
     rotary: bool = False
     codes: bool = False
     extra: int = 0
@@ -58,7 +58,7 @@ class Share:
     @property
     def queries(self) -> int:
         """M, columns of all weights."""
-        return self.held if self.latent else self.blocks * self.held
+        return self.sent if self.latent else self.blocks * self.sent
 
     @property
     def pieces(self) -> int:
@@ -70,14 +70,14 @@ class Share:
         return jax.lax.rem(j * self.pieces + index, jnp.int32(self.slots))
 
     @property
-    def column(self) -> int:
+    def product(self) -> int:
         """Columns whose sums are one product."""
         return BLOCK if self.codes else self.piece
 
     @property
     def sums(self) -> int:
         """Products of a mixer."""
-        return self.width // (MIXERS * self.column)
+        return self.width // (MIXERS * self.product)
 
     @property
     def ahead(self) -> int:
@@ -95,7 +95,7 @@ class Share:
 
     def fitted(self) -> "Share | None":
         """The same with all the slots that there is room for, or None if a block of threads cannot hold it."""
-        taken = 4 * BLOCK * self.blocks * self.held + (2 * BLOCK + 12) * self.queries
+        taken = 4 * BLOCK * self.blocks * self.sent + (2 * BLOCK + 12) * self.queries
         taken += self.rows * (2 * self.width + 4 * BLOCK)
         taken += 4 * BLOCK * self.size if self.rotary else 0
         taken += SLOTS * 4 * BLOCK * (2 if self.extra else 1) if self.codes else 0
@@ -113,17 +113,17 @@ def share(
     """The smallest cluster for so many key heads of H = ``size`` and query rows of each; None if there is none."""
     for blocks, piece in itertools.product(CLUSTERS, PIECES.get(size, ())):
         width, own = kv_heads * size // blocks, -(-rows * kv_heads // blocks)
-        if kv_heads % blocks or width % (MIXERS * piece) or width == size:
+        if kv_heads % blocks or width % (MIXERS * piece):
             continue
-        few = 4 if blocks > 1 else 8
-        filled, sent = -(-own // 8) * 8, -(-own // few) * few
+        multiple = 4 if blocks > 1 else 8  # of all together 8, as products want
+        filled, sent = -(-own // 8) * 8, -(-own // multiple) * multiple
         found = Share(
             blocks=blocks,
             width=width,
             size=size,
             piece=piece,
             rows=filled,
-            held=sent,
+            sent=sent,
             rotary=rotary,
             codes=codes,
             extra=extra,
@@ -145,7 +145,7 @@ def share_latent(width: int, rows: int, *, codes: bool = False) -> Share | None:
                 size=own,
                 piece=piece,
                 rows=mine,
-                held=mine,
+                sent=mine,
                 codes=codes,
                 groups=groups,
             )
@@ -155,4 +155,4 @@ def share_latent(width: int, rows: int, *, codes: bool = False) -> Share | None:
 
 def _moved(part: Share) -> int:
     """Bytes a token from and to L2: columns, and scores that go round."""
-    return part.groups * part.blocks * (2 * part.width + 4 * part.held * (part.blocks + 1))
+    return part.groups * part.blocks * (2 * part.width + 4 * part.sent * (part.blocks + 1))

@@ -35,8 +35,9 @@ Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0, 2026-11-23), no registers spilled,
     Whisper       C 2   bf16 227,752 (cross)     int16+16 224,728    x bf16, 3 tokens 221,560    e int16 222,616
     T5-11B        C 2   e bf16 228,536, three clusters for 128 heads: each reads all rows
 
-Not run on a GPU: what the exchange through L2 costs is not known. Blocks of a cluster could send scores to each
-other's shared memory instead, which the interpreter does not know. Not served: keys with a bias under RoPE, RoPE of
+Not run on a GPU: neither what the exchange through L2 costs is known, nor, from a device, that a copy that is complete
+before its block arrives is what the others' copies bring. Blocks of a cluster could send scores to each other's shared
+memory instead, which the interpreter does not know. Not served: keys with a bias under RoPE, RoPE of
 neighbouring coordinates, keys of more columns than a cluster of 8 shares (T5-11B has 16,384).
 """
 
@@ -54,7 +55,8 @@ from slimjax.axes import Lengths
 from slimjax.kernels.gpu import mosaic, ring
 from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
 from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, SLOTS, TURNED, Share
-from slimjax.kernels.gpu.slim_steps import mix, score
+from slimjax.kernels.gpu.slim_mix import mix
+from slimjax.kernels.gpu.slim_steps import score
 
 # Registers of a thread of the loader, the scorer and a mixer, 512 for the four. True: keys are codes, or not alone.
 REGISTERS = {False: (72, 152, 144), True: (64, 128, 160)}
@@ -141,7 +143,7 @@ def _shared(part: Share) -> dict[str, Any]:
         "keys_free": plgpu.Barrier(num_barriers=part.slots, num_arrivals=MIXERS),
         "sent": mosaic.tiled((BLOCK, part.rows), jnp.float32),
         "met": plgpu.ClusterBarrier(collective_axes=("column",), num_barriers=part.ahead),
-        "scores": plgpu.SMEM((BLOCK, part.blocks, part.held), jnp.float32),
+        "scores": plgpu.SMEM((BLOCK, part.blocks, part.sent), jnp.float32),
         "scores_ready": plgpu.Barrier(),
         "scores_free": plgpu.Barrier(),
         "p": mosaic.tiled((part.queries, BLOCK), jnp.bfloat16, columns=step),
@@ -212,7 +214,7 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
             plgpu.barrier_wait(shared["scores_free"])
 
         rows = ring.rows_of(jax.lax.rem(j, jnp.int32(part.places)))
-        source = arrays["scores"].at[place.sequence, place.part, rows, :, pl.ds(0, part.held)]
+        source = arrays["scores"].at[place.sequence, place.part, rows, :, pl.ds(0, part.sent)]
         plgpu.copy_gmem_to_smem(source, shared["scores"], shared["scores_ready"])
 
     @pl.loop(0, place.count)

@@ -1,4 +1,4 @@
-"""What the warpgroups of ``slim`` do with a block of 64 tokens: turn and meet its keys, weigh them, add them up.
+"""What the scorer of ``slim`` does with a block of 64 tokens: it turns and meets its rows, and weighs them.
 
 Arrays of scores and weights are [64, M]: a row is a token, a column a query.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array
 from slimjax.kernels.gpu import mosaic, ring
 from slimjax.kernels.gpu.heads import LOG2E, capped
 from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
-from slimjax.kernels.gpu.share import MIXERS, TURNED, Share
+from slimjax.kernels.gpu.share import TURNED, Share
 from slimjax.numerics import MASK
 
 COLUMNS = 32  # of scores that are in registers at a time
@@ -99,8 +99,8 @@ def _met(arrays: Refs, shared: Refs, j: Any, place: Place, part: Share, interpre
             return sums + mosaic.product(keys, queries, turned=True, interpreted=interpreted)
         for start in range(0, part.piece, BLOCK):
             some = pl.ds(start, BLOCK)
-            rows = _numbers(mosaic.load(keys.at[:, some], interpreted=interpreted))
-            sums = mosaic.added(sums, _parts(rows, part), queries.at[:, some], interpreted=interpreted)
+            rows = numbers(mosaic.load(keys.at[:, some], interpreted=interpreted))
+            sums = mosaic.added(sums, parts(rows, part), queries.at[:, some], interpreted=interpreted)
         return sums
 
     if not part.rotary:
@@ -121,7 +121,7 @@ def _turn(arrays: Refs, shared: Refs, block: Any, columns: Any, interpreted: boo
     """Cosines and sines of a block's tokens, [64, W]: a turn by its start, and from there to the token."""
     cos, sin = (mosaic.load(shared[name].at[:, columns], interpreted=interpreted) for name in ("cos", "sin"))
     first, second = (
-        _down(mosaic.by_column(arrays[name].at[block, columns], far=True, interpreted=interpreted), cos)
+        mosaic.down(mosaic.by_column(arrays[name].at[block, columns], far=True, interpreted=interpreted), cos)
         for name in ("start_cos", "start_sin")
     )
     return cos * first - sin * second, sin * first + cos * second
@@ -136,18 +136,19 @@ def _turned(
     for head in range(first, part.piece, part.size):
         here, there = pl.ds(head, width), pl.ds(head + half, width)
         low, high = (
-            _numbers(mosaic.load(keys.at[:, columns], interpreted=interpreted)) for columns in (here, there)
+            numbers(mosaic.load(keys.at[:, columns], interpreted=interpreted)) for columns in (here, there)
         )
         for columns, rows in ((here, low * cos - high * sin), (there, high * cos + low * sin)):
-            sums = mosaic.added(sums, _parts(rows, part), q.at[:, columns], interpreted=interpreted)
+            sums = mosaic.added(sums, parts(rows, part), q.at[:, columns], interpreted=interpreted)
     return sums
 
 
-def _numbers(rows: Array) -> Array:
+def numbers(rows: Array) -> Array:
+    """Codes, or bfloat16 rows, as float32."""
     return (rows.astype(jnp.int32) if rows.dtype == jnp.int16 else rows).astype(jnp.float32)
 
 
-def _parts(rows: Array, part: Share) -> list[Array]:
+def parts(rows: Array, part: Share) -> list[Array]:
     """bfloat16 rows that add up to these: of codes, which have twice its bits, two."""
     high = rows.astype(jnp.bfloat16)
     return [high, (rows - high.astype(jnp.float32)).astype(jnp.bfloat16)] if part.codes else [high]
@@ -171,11 +172,11 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
         )
         raw = _summed(shared["scores"], columns, part, interpreted)
         if scales:
-            raw *= _across(scales[0], raw)
+            raw *= mosaic.across(scales[0], raw)
         raw = _masked(capped(raw, rules), token, start, place, rules, part, interpreted)
         now = jnp.maximum(peak, raw.max(axis=0))
         level = jnp.where(now == -jnp.inf, 0.0, now)  # of rows that have seen nothing: not inf - inf
-        shrunk, p = jnp.exp2(peak - level), jnp.exp2(raw - _down(level, raw))
+        shrunk, p = jnp.exp2(peak - level), jnp.exp2(raw - mosaic.down(level, raw))
         for name, weights in _weighing(p, scales, part).items():
             mosaic.store_turned(
                 shared[name].at[columns], weights.astype(jnp.bfloat16), interpreted=interpreted
@@ -193,10 +194,10 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
 
 def _summed(scores: Any, columns: Any, part: Share, interpreted: bool) -> Array:
     """Scores of some queries, [64, n]; of rows that every query meets, the sum of all blocks'."""
-    starts = range(0, part.blocks * part.held, part.held) if part.latent else (0,)
+    starts = range(0, part.blocks * part.sent, part.sent) if part.latent else (0,)
     each = (pl.ds(start + columns.start, columns.size) for start in starts)
-    parts = [mosaic.load_columns(scores, mine, interpreted=interpreted) for mine in each]
-    return functools.reduce(jnp.add, parts)
+    found = [mosaic.load_columns(scores, mine, interpreted=interpreted) for mine in each]
+    return functools.reduce(jnp.add, found)
 
 
 def _weighing(p: Array, scales: list[Array], part: Share) -> dict[str, Array]:
@@ -204,13 +205,9 @@ def _weighing(p: Array, scales: list[Array], part: Share) -> dict[str, Array]:
     if not part.codes:
         return {"p": p}
     return {
-        name: jnp.where(p == 0.0, 0.0, p * _across(scale, p))
+        name: jnp.where(p == 0.0, 0.0, p * mosaic.across(scale, p))
         for name, scale in zip(("p", "p_extra"), scales, strict=False)
     }
-
-
-def _across(by_row: Array, like: Array) -> Array:
-    return jax.lax.broadcast_in_dim(by_row, like.shape, (0,))
 
 
 def _masked(
@@ -223,76 +220,9 @@ def _masked(
         query = place.first
         if rules.tokens > 1:
             column = start + mosaic.iota(raw.shape, 1, interpreted=interpreted)
-            own = jax.lax.rem(column, jnp.int32(part.held))
-            own += jax.lax.rem(place.sequence, jnp.int32(part.groups)) * part.held
+            own = jax.lax.rem(column, jnp.int32(part.sent))
+            own += jax.lax.rem(place.sequence, jnp.int32(part.groups)) * part.sent
             query += jax.lax.div(own, jnp.int32(rules.group * part.width // part.size))
         return jnp.where(rules.sees(at, query, place.length), raw, -jnp.inf)
 
     return jax.lax.cond(rules.partly(token, place), mask, lambda raw: raw, raw)
-
-
-def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpreted: bool) -> None:
-    """A mixer: the weighed sums of its columns, and the first of all those of extra coordinates."""
-    half = part.pieces // MIXERS
-    none, no_more = (
-        mosaic.full((rows, part.queries), 0.0, interpreted=interpreted) for rows in (part.column, BLOCK)
-    )
-    mine = (place.column == 0) & (group == 0)
-
-    def factor(like: Array) -> Array:
-        return _down(mosaic.by_column(shared["factor"], interpreted=interpreted), like)
-
-    def step(j: Any, mixed: tuple[Array, ...]) -> tuple[Array, ...]:
-        plgpu.barrier_wait(shared["p_ready"])
-
-        # All pieces, though half of them are the other's: who waits for some turns of a slot only loses count of them.
-        @pl.loop(0, part.pieces)
-        def wait(index: Any) -> None:
-            plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
-
-        found = []
-        for index, sums in enumerate(mixed[: part.sums]):
-            piece, start = divmod(index * part.column, part.piece)
-            keys = shared["keys"].at[part.slot(j, group * half + piece)]
-            onto = sums * factor(sums)
-            if part.codes:
-                rows = _numbers(mosaic.load_turned(keys.at[:, pl.ds(start, BLOCK)], interpreted=interpreted))
-                found.append(mosaic.added(onto, _parts(rows, part), shared["p"], interpreted=interpreted))
-            else:
-                found.append(mosaic.turned_product(keys, shared["p"], onto=onto, interpreted=interpreted))
-        if part.extra:
-
-            def more(sums: Array) -> Array:
-                rows = mosaic.load(ring.take(shared, "extra", j), interpreted=interpreted)
-                at = (place.start + j) * BLOCK + mosaic.iota(rows.shape, 1, interpreted=interpreted)
-                seen = jnp.where(at < place.length, rows, jnp.zeros_like(rows))
-                parts = _parts(_numbers(seen), part) if part.codes else [seen]
-                weights = shared["p_extra" if part.codes else "p"]
-                sums = mosaic.added(sums * factor(sums), parts, weights, interpreted=interpreted)
-                ring.give(shared, "extra", j)
-                return sums
-
-            found.append(jax.lax.cond(mine, more, lambda sums: sums, mixed[-1]))
-        plgpu.barrier_arrive(shared["p_free"])
-
-        @pl.loop(0, part.pieces)
-        def give(index: Any) -> None:
-            plgpu.barrier_arrive(shared["keys_free"].at[part.slot(j, index)])
-
-        return tuple(found)
-
-    mixed = jax.lax.fori_loop(0, place.count, step, (none,) * part.sums + ((no_more,) if part.extra else ()))
-    plgpu.barrier_wait(shared["p_ready"])
-    target = out.at[place.part, place.sequence]
-    for index, sums in enumerate(mixed[: part.sums]):
-        start = place.column * part.width + group * half * part.piece + index * part.column
-        target.at[pl.ds(start, part.column)][...] = sums * factor(sums)
-    if part.extra:
-
-        @pl.when(mine)
-        def end() -> None:
-            target.at[pl.ds(part.blocks * part.width, BLOCK)][...] = mixed[-1] * factor(mixed[-1])
-
-
-def _down(by_column: Array, like: Array) -> Array:
-    return jax.lax.broadcast_in_dim(by_column, like.shape, (1,))
