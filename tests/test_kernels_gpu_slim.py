@@ -21,9 +21,12 @@ from slimjax.numerics import relative_l2
 
 pytestmark = pytest.mark.skipif(mosaic.OLD, reason="the kernel needs jax 0.11 or newer")
 FEW = (0, 1, BLOCK, CAPACITY)
+WHOLE = 3 * BLOCK  # as extra coordinates have it
 
 
 def case(*args, lengths=FEW, scheme="k2:bf16", **more):
+    if "+" in scheme:
+        more.setdefault("capacity", WHOLE)
     return suite.Case(*args, scheme=scheme, lengths=lengths, **more)
 
 

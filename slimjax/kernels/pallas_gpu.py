@@ -233,7 +233,7 @@ def refusal(
     if scheme.basis == "kv":
         return None
     if scheme.basis == "k":
-        return keys.refusal(spec, tokens, biased=biased, passes=passes)
+        return keys.refusal(spec, tokens, capacity, biased=biased, passes=passes)
     return latent.refusal(spec, tokens, biased=biased)
 
 

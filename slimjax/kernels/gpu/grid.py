@@ -9,6 +9,8 @@ from slimjax.axes import Queries
 from slimjax.kernels.gpu.ring import BLOCK, Rules
 
 PROCESSORS = 132  # of a H100 or H200; each works on one part of one key head at a time
+# Clusters that run at a time by their size: 8 are within a group of 16 or 18 processors, of which there are 8 or so.
+CLUSTERS = {1: PROCESSORS, 2: 66, 4: 32, 8: 16}
 START = 4  # blocks of tokens that could be read while a part begins and ends; a guess, not measured
 ALIGNED = 8  # rows: the least that operands of products are cut into
 

@@ -29,10 +29,9 @@ from jaxtyping import Array, BFloat16, Float
 
 from slimjax.axes import Lengths
 from slimjax.kernels.gpu import mosaic, ring
+from slimjax.kernels.gpu.mosaic import LOG2E
 from slimjax.kernels.gpu.ring import BLOCK, READERS, ROWS, Place, Rules
 from slimjax.numerics import MASK
-
-LOG2E = math.log2(math.e)
 
 
 def attend_heads(
@@ -164,7 +163,7 @@ def capped(raw: Array, rules: Rules) -> Array:
     """Scores times log2(e)."""
     if rules.softcap is None:
         return raw * (rules.scale * LOG2E)
-    return jnp.tanh(raw * (rules.scale / rules.softcap)) * (rules.softcap * LOG2E)
+    return mosaic.tanh(raw * (rules.scale / rules.softcap)) * (rules.softcap * LOG2E)
 
 
 def _masked(raw: Array, token: Any, place: Place, rules: Rules, interpreted: bool) -> Array:

@@ -12,7 +12,7 @@ from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import mosaic
-from slimjax.kernels.gpu.grid import PROCESSORS, by_key_head, padded, parts
+from slimjax.kernels.gpu.grid import CLUSTERS, by_key_head, padded, parts
 from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
 from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
 from slimjax.kernels.gpu.share import GROUPS, Share, share
@@ -67,7 +67,9 @@ def _only_once(spec: DecodeSpec) -> bool:
     return spec.position.rotary or _coded(spec, "k") or bool(spec.scheme.extra)
 
 
-def refusal(spec: DecodeSpec, tokens: int, *, biased: bool, passes: int | None) -> str | None:
+def refusal(
+    spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool, passes: int | None
+) -> str | None:
     """Why keys alone are not served, or None."""
     if spec.scheme.option == 1:
         return "option 1 rebuilds rows, which takes more time than reading them; use k2"
@@ -75,6 +77,8 @@ def refusal(spec: DecodeSpec, tokens: int, *, biased: bool, passes: int | None) 
         return f"{spec.scheme.extra} extra coordinates have no kernel for GPUs; it has multiples of 8 up to {BLOCK}"
     if spec.scheme.extra and _coded(spec, "r") != _coded(spec, "k"):
         return "extra coordinates in another codec than the keys have no kernel for GPUs"
+    if spec.scheme.extra and capacity % BLOCK:
+        return f"extra coordinates of {capacity} slots have no kernel for GPUs; take a multiple of {BLOCK}"
     if biased and (spec.position.rotary or spec.softcap is not None):
         return f"a key bias under {'RoPE' if spec.position.rotary else 'a softcap'} has no kernel for GPUs"
     if spec.position.rotary and spec.position.interleaved:
@@ -155,7 +159,7 @@ def _once(
     count = mine.shape[2]
     mine = jnp.pad(mine, ((0, 0), (0, 0), (0, part.rows - count), (0, 0)))
     if splits is None:
-        splits = parts(batch, held["k"].rows.shape[1], processors=PROCESSORS // part.blocks)
+        splits = parts(batch, held["k"].rows.shape[1], processors=CLUSTERS[part.blocks])
     these = dataclasses.replace(rules, tokens=tokens)
     answers, log_sums = attend_keys(
         mine,

@@ -10,7 +10,7 @@ from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import mosaic
-from slimjax.kernels.gpu.grid import PROCESSORS, parts
+from slimjax.kernels.gpu.grid import CLUSTERS, parts
 from slimjax.kernels.gpu.ring import Rules
 from slimjax.kernels.gpu.share import GROUPS, Share, share_latent
 from slimjax.kernels.gpu.slim import Held, attend_keys
@@ -74,7 +74,7 @@ def attend(
     rows = rows.reshape(batch * part.groups, part.rows, part.blocks, part.width)
     held = Held(*cache.streams[spec.scheme.basis].leaves)
     if splits is None:
-        splits = parts(batch * part.groups, cache.capacity, processors=PROCESSORS // part.blocks)
+        splits = parts(batch * part.groups, cache.capacity, processors=CLUSTERS[part.blocks])
     answers, log_sums = attend_keys(
         jnp.swapaxes(rows, 1, 2),
         held,

@@ -14,9 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 OLD = not hasattr(plgpu, "InterpretGPUParams")  # jax 0.10
 _HOME = "jax._src.pallas.mosaic_gpu.interpret.params" if OLD else "jax.experimental.pallas.mosaic_gpu"
+LOG2E = math.log2(math.e)
 _load: Any = plgpu.load  # in jax 0.10 with one argument more, and not called there
 THREADS = 16  # that the interpreter wants of a large kernel
 _Parameters: Any = importlib.import_module(_HOME).InterpretGPUParams
@@ -35,6 +38,23 @@ def threads() -> int:
     """Of XLA on this machine, which the interpreter's warpgroups wait in."""
     asked = os.environ.get("NPROC", "")
     return int(asked) if asked.isdecimal() else os.cpu_count() or 1
+
+
+def order_global(*, interpreted: bool) -> None:
+    """What other blocks of a cluster have written to global memory before they arrived comes before what follows.
+
+    Both sides call it: who writes, once its copy is complete and before it arrives; who reads, once it has waited.
+    """
+    if interpreted:
+        return
+
+    @plgpu.inline_mgpu()
+    def emit(ctx: Any) -> None:
+        del ctx
+        for fence in ("fence.acq_rel.cluster;", "fence.proxy.async.global;"):
+            llvm.inline_asm(ir.Type.parse("!llvm.void"), [], fence, "", has_side_effects=True)
+
+    emit()
 
 
 def enough_threads(needed: int, where: str, interpret: Any) -> None:
@@ -135,6 +155,11 @@ def by_row(ref: Any, *, interpreted: bool) -> jax.Array:
     return _laid(_read(ref, interpreted), plgpu.Layout.WGMMA.reduce(1), interpreted)
 
 
+def tanh(x: jax.Array) -> jax.Array:
+    """By an exponential: the GPU's own is right to 2^-11, of which a softcap of 50 makes 2 % of a weight."""
+    return 1 - 2 / (jnp.exp2(x * (2 * LOG2E)) + 1)
+
+
 def across(by_row: jax.Array, like: jax.Array) -> jax.Array:
     """Numbers of rows in every column."""
     return jax.lax.broadcast_in_dim(by_row, like.shape, (0,))
@@ -186,16 +211,20 @@ def turned_product(a: Any, b: Any, *, onto: jax.Array | None = None, interpreted
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[1], b.shape[0]), jnp.float32))
 
 
-def added(onto: jax.Array, parts: Sequence[jax.Array], b: Any, *, interpreted: bool) -> jax.Array:
-    """onto [64, n] and the products of parts [64, k], in registers, with b [n, k] transposed, in shared memory."""
+def added(onto: jax.Array, pairs: Sequence[tuple[jax.Array, Any]], *, interpreted: bool) -> jax.Array:
+    """onto [64, n] and all a b^T: a [64, k] in registers, b [n, k] in shared memory. Waits once, for all of them."""
     if interpreted:
-        right = b[...].T
+        rights = [b[...].T for _, b in pairs]
         plgpu.commit_smem()
-        return onto + sum(jnp.dot(part, right, preferred_element_type=jnp.float32) for part in parts)
+        products = [
+            jnp.dot(a, right, preferred_element_type=jnp.float32)
+            for (a, _), right in zip(pairs, rights, strict=True)
+        ]
+        return sum(products, onto)
 
     def add(sums: Any) -> None:
-        for part in parts:
-            plgpu.wgmma(sums, part, b.transpose((1, 0)))
+        for a, b in pairs:
+            plgpu.wgmma(sums, a, b.transpose((1, 0)))
         plgpu.wgmma_wait(0)
 
     sums: Any = plgpu.WGMMAAccumulatorRef.init(onto)

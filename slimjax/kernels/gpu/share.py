@@ -88,10 +88,10 @@ class Share:
     def places(self) -> int:
         """Blocks of tokens whose scores have a place in global memory.
 
-        Who writes those of block n has weighed block n - ahead - 1. So all have written scores of that one, and have
-        weighed, and read the scores of, block n - 2 ahead - 2: its place is free.
+        Who writes those of block n has weighed block n - 2. So all had written theirs of that one, had weighed block
+        n - 3 before, and so had read its scores: its place is free.
         """
-        return 2 * self.ahead + 2
+        return 3
 
     def fitted(self) -> "Share | None":
         """The same with all the slots that there is room for, or None if a block of threads cannot hold it."""

@@ -35,10 +35,11 @@ Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0, 2026-11-23), no registers spilled,
     Whisper       C 2   bf16 227,752 (cross)     int16+16 224,728    x bf16, 3 tokens 221,560    e int16 222,616
     T5-11B        C 2   e bf16 228,536, three clusters for 128 heads: each reads all rows
 
-Not run on a GPU: neither what the exchange through L2 costs is known, nor, from a device, that a copy that is complete
-before its block arrives is what the others' copies bring. Blocks of a cluster could send scores to each other's shared
-memory instead, which the interpreter does not know. Not served: keys with a bias under RoPE, RoPE of
-neighbouring coordinates, keys of more columns than a cluster of 8 shares (T5-11B has 16,384).
+Not run on a GPU: what the exchange through L2 costs is not known. Blocks of a cluster could send scores to each
+other's shared memory instead, which the interpreter does not know. A block of tokens waits for the weights of the one
+before: where shared memory holds little more than two (Llama-2-7B) a step is estimated to take up to twice as long as
+its bytes. Not served: keys with a bias under RoPE, RoPE of neighbouring coordinates, keys of more columns than a
+cluster of 8 shares (T5-11B has 16,384), extra coordinates where slots are no multiple of 64.
 """
 
 from typing import Any, NamedTuple
@@ -59,6 +60,7 @@ from slimjax.kernels.gpu.slim_mix import mix
 from slimjax.kernels.gpu.slim_steps import score
 
 # Registers of a thread of the loader, the scorer and a mixer, 512 for the four. True: keys are codes, or not alone.
+BEGUN = 128  # that all four begin with
 REGISTERS = {False: (72, 152, 144), True: (64, 128, 160)}
 
 
@@ -186,11 +188,12 @@ def _kernel(
     @pl.when(group == LOADER)
     def load() -> None:
         plgpu.set_max_registers(loading, action="decrease")
-        _load(arrays, shared, place, part)
+        _load(arrays, shared, place, part, interpreted)
 
     @pl.when(group == SCORER)
     def meet() -> None:
-        plgpu.set_max_registers(scoring, action="increase")
+        if scoring > BEGUN:
+            plgpu.set_max_registers(scoring, action="increase")
         score(arrays, log_sums, shared, place, rules, part, interpreted)
 
     @pl.when(group < MIXERS)
@@ -199,7 +202,9 @@ def _kernel(
         mix(out, shared, place, group, part, interpreted)
 
 
-def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Share) -> None:
+def _load(
+    arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Share, interpreted: bool
+) -> None:
     plgpu.copy_gmem_to_smem(arrays["q"].at[place.sequence, place.column], shared["q"], shared["q_ready"])
     sequence = jax.lax.div(place.sequence, jnp.int32(part.groups))
     for index, name in enumerate(("cos", "sin") if part.rotary else ()):
@@ -208,6 +213,7 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
     def fetch(j: Any) -> None:
         """Bring the scores of all heads."""
         plgpu.barrier_wait(shared["met"].at[jax.lax.rem(j, jnp.int32(part.ahead))])
+        mosaic.order_global(interpreted=interpreted)
 
         @pl.when(j > 0)
         def wait() -> None:
@@ -220,13 +226,6 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
     @pl.loop(0, place.count)
     def bring(j: Any) -> None:
         tokens = ring.rows_of(place.start + j)
-        for name in ("keys_scale", "extra_scale"):
-            if name in arrays:
-                ring.bring(shared, name, j, arrays[name].at[sequence, 0, tokens])
-        if part.extra:
-            mine = arrays["extra"].at[sequence, :, tokens]
-            pl.when(place.column == 0)(lambda: ring.bring(shared, "extra", j, mine))
-
         @pl.loop(0, part.pieces)
         def piece(index: Any) -> None:
             slot = part.slot(j, index)
@@ -238,6 +237,14 @@ def _load(arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Sh
             columns = pl.ds(place.column * part.width + index * part.piece, part.piece)
             source = arrays["keys"].at[sequence, tokens, columns]
             plgpu.copy_gmem_to_smem(source, shared["keys"].at[slot], shared["keys_ready"].at[slot])
+
+        # After the pieces: their places wait for what was weighed, and columns need not.
+        for name in ("keys_scale", "extra_scale"):
+            if name in arrays:
+                ring.bring(shared, name, j, arrays[name].at[sequence, 0, tokens])
+        if part.extra:
+            mine = arrays["extra"].at[sequence, :, tokens]
+            pl.when(place.column == 0)(lambda: ring.bring(shared, "extra", j, mine))
 
         @pl.when(j > 0)
         def before() -> None:

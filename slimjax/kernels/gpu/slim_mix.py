@@ -18,7 +18,7 @@ Sums = tuple[Array, ...]  # by product [W, M]; of extra coordinates [64, M] come
 
 def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpreted: bool) -> None:
     """The weighed sums of its columns; the first mixer of all has those of extra coordinates, too."""
-    mine = (place.column == 0) & (group == 0)
+    mine, half = (place.column == 0) & (group == 0), part.pieces // MIXERS
     rows = [part.product] * part.sums + ([BLOCK] if part.extra else [])
     none = tuple(mosaic.full((count, part.queries), 0.0, interpreted=interpreted) for count in rows)
 
@@ -28,7 +28,12 @@ def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpret
         # All pieces, though half of them are the other's: who waits for some turns of a slot only loses count of them.
         @pl.loop(0, part.pieces)
         def wait(index: Any) -> None:
-            plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
+            slot = part.slot(j, index)
+            plgpu.barrier_wait(shared["keys_ready"].at[slot])
+
+            @pl.when(jax.lax.div(index, jnp.int32(half)) != group)
+            def other() -> None:
+                plgpu.barrier_arrive(shared["keys_free"].at[slot])
 
         found = _added(mixed[: part.sums], shared, j, group, part, interpreted)
         if part.extra:
@@ -38,11 +43,6 @@ def mix(out: Any, shared: Refs, place: Place, group: Any, part: Share, interpret
 
             found = (*found, jax.lax.cond(mine, more, lambda sums: sums, mixed[-1]))
         plgpu.barrier_arrive(shared["p_free"])
-
-        @pl.loop(0, part.pieces)
-        def give(index: Any) -> None:
-            plgpu.barrier_arrive(shared["keys_free"].at[part.slot(j, index)])
-
         return found
 
     mixed = jax.lax.fori_loop(0, place.count, step, none)
@@ -64,10 +64,13 @@ def _added(mixed: Sums, shared: Refs, j: Any, group: Any, part: Share, interpret
         onto = _factored(sums, shared, interpreted)
         if part.codes:
             codes = mosaic.load_turned(keys.at[:, pl.ds(start, BLOCK)], interpreted=interpreted)
-            onto = mosaic.added(onto, parts(numbers(codes), part), shared["p"], interpreted=interpreted)
+            pairs = [(each, shared["p"]) for each in parts(numbers(codes), part)]
+            onto = mosaic.added(onto, pairs, interpreted=interpreted)
         else:
             onto = mosaic.turned_product(keys, shared["p"], onto=onto, interpreted=interpreted)
         found.append(onto)
+        if start + part.product == part.piece:
+            plgpu.barrier_arrive(shared["keys_free"].at[part.slot(j, first + piece)])
     return tuple(found)
 
 
@@ -78,7 +81,8 @@ def _extra(sums: Array, shared: Refs, j: Any, place: Place, part: Share, interpr
     seen = jnp.where(at < place.length, rows, jnp.zeros_like(rows))
     split = parts(numbers(seen), part) if part.codes else [seen]
     weights = shared["p_extra" if part.codes else "p"]
-    sums = mosaic.added(_factored(sums, shared, interpreted), split, weights, interpreted=interpreted)
+    pairs = [(each, weights) for each in split]
+    sums = mosaic.added(_factored(sums, shared, interpreted), pairs, interpreted=interpreted)
     ring.give(shared, "extra", j)
     return sums
 

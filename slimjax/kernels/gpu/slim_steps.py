@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from slimjax.kernels.gpu import mosaic, ring
-from slimjax.kernels.gpu.heads import LOG2E, capped
+from slimjax.kernels.gpu.heads import capped
+from slimjax.kernels.gpu.mosaic import LOG2E
 from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
 from slimjax.kernels.gpu.share import TURNED, Share
 from slimjax.numerics import MASK
@@ -44,6 +45,7 @@ def score(
         plgpu.copy_smem_to_gmem(shared["sent"], target)
         pl.when(j > 0)(lambda: weights(j - 1))
         plgpu.wait_smem_to_gmem(0)
+        mosaic.order_global(interpreted=interpreted)
         plgpu.barrier_arrive(shared["met"].at[jax.lax.rem(j, jnp.int32(part.ahead))])
 
     @pl.when(place.count > 0)
@@ -79,67 +81,78 @@ def _end(log_sums: Any, shared: Refs, place: Place, part: Share, interpreted: bo
 
 def _met(arrays: Refs, shared: Refs, j: Any, place: Place, part: Share, interpreted: bool) -> Array:
     """k q^T of the block's own heads, [64, R]."""
-    block, none = place.start + j, mosaic.full((BLOCK, part.rows), 0.0, interpreted=interpreted)
+    block, sums = place.start + j, mosaic.full((BLOCK, part.rows), 0.0, interpreted=interpreted)
 
     def held(index: Any) -> tuple[Any, Any]:
-        return shared["keys"].at[part.slot(j, index)], pl.ds(index * part.piece, part.piece)
+        columns = pl.ds(index * part.piece, part.piece)
+        return shared["keys"].at[part.slot(j, index)], shared["q"].at[:, columns]
 
-    @pl.loop(0, part.pieces)
     def wait(index: Any) -> None:
         plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
-        if (
-            not part.codes
-        ):  # which cannot be NaN; here rather than by a mixer, all of whose registers are taken
+        if not part.codes:  # which cannot be NaN. Here, not by a mixer, all of whose registers are taken
             ring.clear(held(index)[0], block * BLOCK, place.length, interpreted=interpreted)
 
     def met(index: Any, sums: Array) -> Array:
-        keys, columns = held(index)
-        queries = shared["q"].at[:, columns]
-        if not part.codes:
-            return sums + mosaic.product(keys, queries, turned=True, interpreted=interpreted)
-        for start in range(0, part.piece, BLOCK):
-            some = pl.ds(start, BLOCK)
-            rows = numbers(mosaic.load(keys.at[:, some], interpreted=interpreted))
-            sums = mosaic.added(sums, parts(rows, part), queries.at[:, some], interpreted=interpreted)
-        return sums
+        wait(index)
+        return _product(sums, *held(index), part, interpreted)
 
     if not part.rotary:
-        return jax.lax.fori_loop(0, part.pieces, met, none)
-    sums, width = none, TURNED[part.size]
-    for first in range(0, part.size // 2, width):
-        turn = _turn(arrays, shared, block, pl.ds(first, width), interpreted)
+        return jax.lax.fori_loop(0, part.pieces, met, sums)
+    width = TURNED[part.size]
+    starts = [_start(arrays, block, pl.ds(at, width), interpreted) for at in range(0, part.size // 2, width)]
+    for index, start in enumerate(starts):
+        turn, first = _turn(shared, start, pl.ds(index * width, width), interpreted), index * width
 
         def turned(index: Any, sums: Array, first: int = first, turn: tuple[Array, Array] = turn) -> Array:
-            keys, columns = held(index)
-            return sums + _turned(keys, shared["q"].at[:, columns], first, turn, part, interpreted)
+            if first == 0:
+                wait(index)
+            return _turned(sums, *held(index), first, turn, part, interpreted)
 
         sums = jax.lax.fori_loop(0, part.pieces, turned, sums)
     return sums
 
 
-def _turn(arrays: Refs, shared: Refs, block: Any, columns: Any, interpreted: bool) -> tuple[Array, Array]:
-    """Cosines and sines of a block's tokens, [64, W]: a turn by its start, and from there to the token."""
-    cos, sin = (mosaic.load(shared[name].at[:, columns], interpreted=interpreted) for name in ("cos", "sin"))
+def _product(sums: Array, keys: Any, q: Any, part: Share, interpreted: bool) -> Array:
+    """With a piece's columns."""
+    if not part.codes:
+        return sums + mosaic.product(keys, q, turned=True, interpreted=interpreted)
+    for start in range(0, part.piece, BLOCK):
+        some = pl.ds(start, BLOCK)
+        rows = numbers(mosaic.load(keys.at[:, some], interpreted=interpreted))
+        pairs = [(each, q.at[:, some]) for each in parts(rows, part)]
+        sums = mosaic.added(sums, pairs, interpreted=interpreted)
+    return sums
+
+
+def _start(arrays: Refs, block: Any, columns: Any, interpreted: bool) -> tuple[Array, Array]:
+    """Cosines and sines of a block's first token, [W]: asked for before there are keys, as memory is far."""
     first, second = (
-        mosaic.down(mosaic.by_column(arrays[name].at[block, columns], far=True, interpreted=interpreted), cos)
+        mosaic.by_column(arrays[name].at[block, columns], far=True, interpreted=interpreted)
         for name in ("start_cos", "start_sin")
     )
+    return first, second
+
+
+def _turn(shared: Refs, start: tuple[Array, Array], columns: Any, interpreted: bool) -> tuple[Array, Array]:
+    """Cosines and sines of a block's tokens, [64, W]: a turn by its start, and from there to the token."""
+    cos, sin = (mosaic.load(shared[name].at[:, columns], interpreted=interpreted) for name in ("cos", "sin"))
+    first, second = (mosaic.down(each, cos) for each in start)
     return cos * first - sin * second, sin * first + cos * second
 
 
 def _turned(
-    keys: Any, q: Any, first: int, turn: tuple[Array, Array], part: Share, interpreted: bool
+    sums: Array, keys: Any, q: Any, first: int, turn: tuple[Array, Array], part: Share, interpreted: bool
 ) -> Array:
-    """The same over some columns of a piece, from ``first`` on of each half of a head, keys turned by RoPE."""
+    """With some columns of a piece, from ``first`` on of each half of a head, turned by RoPE."""
     (cos, sin), half, width = turn, part.size // 2, TURNED[part.size]
-    sums = mosaic.full((BLOCK, part.rows), 0.0, interpreted=interpreted)
     for head in range(first, part.piece, part.size):
         here, there = pl.ds(head, width), pl.ds(head + half, width)
         low, high = (
             numbers(mosaic.load(keys.at[:, columns], interpreted=interpreted)) for columns in (here, there)
         )
-        for columns, rows in ((here, low * cos - high * sin), (there, high * cos + low * sin)):
-            sums = mosaic.added(sums, parts(rows, part), q.at[:, columns], interpreted=interpreted)
+        both = ((here, low * cos - high * sin), (there, high * cos + low * sin))
+        pairs = [(each, q.at[:, columns]) for columns, rows in both for each in parts(rows, part)]
+        sums = mosaic.added(sums, pairs, interpreted=interpreted)
     return sums
 
 

@@ -19,7 +19,7 @@ from slimjax.attention.integer import Integer
 from slimjax.attention.sas import coefficients
 from slimjax.cache.codecs.flashq import LIMIT
 from slimjax.kernels.gpu import mosaic, ring
-from slimjax.kernels.gpu.heads import LOG2E
+from slimjax.kernels.gpu.mosaic import LOG2E
 from slimjax.kernels.gpu.ring import BLOCK, READERS, Place, Rules
 
 NONE = -1e30  # of a row that has seen nothing: finite, so that differences are
@@ -218,7 +218,7 @@ def _scores(
     scale = scale * _down(by_query, shape) * rules.scale
     met = [each * scale for each in met]
     if rules.softcap is not None:
-        met = [jnp.tanh(each * (1 / rules.softcap)) * rules.softcap for each in met]
+        met = [mosaic.tanh(each * (1 / rules.softcap)) * rules.softcap for each in met]
     row, column = (mosaic.iota(shape, axis, interpreted=interpreted) for axis in (0, 1))
     token = jax.lax.rem(column, jnp.int32(rules.tokens))  # of the query
     sees = jnp.zeros_like(row)
