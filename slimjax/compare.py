@@ -19,7 +19,7 @@ from slimjax.attention.bases import basis
 from slimjax.attention.layer import CachedAttention
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.models.decoder import init_caches
-from slimjax.numerics import cosine, logit_kl, relative_l1, relative_l2, rmse
+from slimjax.numerics import four_errors, logit_kl, relative_l2
 from slimjax.scheme import Scheme, parse_scheme
 from slimjax.solve.convert import convert
 from slimjax.solve.fit import fit
@@ -170,11 +170,7 @@ def _ready(
 
 def attention_errors(found: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> dict[str, float]:
     """Of arrays of each layer, the four measures of 01-methods 2.4 of the worst layer and their means over layers."""
-    # In float64 once for all four, which take it as it is.
-    pairs = (
-        (np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(found, wanted, strict=True)
-    )
-    measured = [(cosine(a, b), relative_l1(a, b), rmse(a, b), relative_l2(a, b)) for a, b in pairs]
+    measured = [four_errors(a, b) for a, b in zip(found, wanted, strict=True)]
     names = ("attention_cosine", "attention_l1", "attention_rmse", "attention_error")
     each = dict(zip(names, zip(*measured, strict=True), strict=True))
     worst = {

@@ -233,7 +233,10 @@ def test_a_planted_race_is_seen(case, monkeypatch):
 
 REFUSED = [
     ({"scheme": "v2:bf16"}, "basis v has no kernel .*; it has kv, k, x, e and h"),
-    ({"scheme": "x2:bf16", "layout": (3, 3, 64)}, "rows of 192 columns for 1 query tokens of 3 heads|jax 0.10"),
+    (
+        {"scheme": "x2:bf16", "layout": (3, 3, 64)},
+        "rows of 192 columns for 1 query tokens of 3 heads|jax 0.10",
+    ),
     ({"scheme": "x2:bf16", "tokens": 600}, "600 query tokens of 2 heads|jax 0.10"),
     ({"scheme": "k2:bf16+16", "capacity": 72}, "extra coordinates of 72 slots .* take a multiple of 64"),
     ({"scheme": "k2:int16(extra=bf16)+16"}, "extra coordinates in another codec than the keys"),

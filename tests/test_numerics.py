@@ -21,6 +21,17 @@ def test_metrics():
         numerics.rmse(a, b[0])
 
 
+def test_four_errors_are_the_four():
+    draw = np.random.default_rng(0)
+    reference = draw.standard_normal((3, 50, 1700)).astype(np.float32)  # four chunks, the last not whole
+    value = reference + (0.1 * draw.standard_normal(reference.shape)).astype(np.float32)
+    each = (numerics.cosine, numerics.relative_l1, numerics.rmse, numerics.relative_l2)
+    wanted = [one(value, reference) for one in each]
+    np.testing.assert_allclose(numerics.four_errors(value, reference), wanted, rtol=1e-13)
+    with pytest.raises(ValueError, match="one shape"):
+        numerics.four_errors(value, reference[0])
+
+
 def test_kl_and_agreement():
     logits, reference = jnp.asarray([[0.0, 0.0], [5.0, 0.0]]), jnp.asarray([[0.0, jnp.log(3.0)], [5.0, 0.0]])
     expected = 0.25 * np.log(0.25 / 0.5) + 0.75 * np.log(0.75 / 0.5)

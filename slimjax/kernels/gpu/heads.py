@@ -18,7 +18,6 @@ float32 softmax and sums; p is rounded to bfloat16.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax

@@ -67,9 +67,7 @@ def _only_once(spec: DecodeSpec) -> bool:
     return spec.position.rotary or _coded(spec, "k") or bool(spec.scheme.extra)
 
 
-def refusal(
-    spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool, passes: int | None
-) -> str | None:
+def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool, passes: int | None) -> str | None:
     """Why keys alone are not served, or None."""
     if spec.scheme.option == 1:
         return "option 1 rebuilds rows, which takes more time than reading them; use k2"

@@ -11,8 +11,9 @@ from slimjax.kernels.gpu.ring import BLOCK, ROWS, SHARED_LIMIT
 
 MIXERS = 2
 SCORER, LOADER, GROUPS = MIXERS, MIXERS + 1, MIXERS + 2
-# Registers of a mixer's thread that may hold sums, of bfloat16 and of codes; with more some were seen to be spilled.
-PLAIN, CODED = 96, 80
+# Registers of a mixer's thread that may hold sums: of bfloat16, of codes, and of codes turned in heads of 64. With more
+# some were seen to be spilled.
+PLAIN, CODED, TIGHT = 96, 80, 64
 CLUSTERS = (1, 2, 4, 8)
 PIECES = {64: (128, 64), 96: (192,), 128: (128,)}  # columns of a piece, whole heads, by the size of a head
 TURNED = {64: 32, 96: 16, 128: 32}  # columns that RoPE turns at a time, of each half of a head
@@ -102,7 +103,8 @@ class Share:
         taken += 2 * BLOCK * (SLOTS * BLOCK + self.queries) if self.extra else 0
         slots = (SHARED_LIMIT - OTHER - taken) // (2 * BLOCK * self.piece)
         sums = (self.width // MIXERS + (BLOCK if self.extra else 0)) * self.queries
-        if self.queries > ROWS or sums > 128 * (CODED if self.codes else PLAIN) or slots < 2 * self.pieces:
+        most = PLAIN if not self.codes else TIGHT if self.rotary and self.size == 64 else CODED
+        if self.queries > ROWS or sums > 128 * most or slots < 2 * self.pieces:
             return None
         return dataclasses.replace(self, slots=slots)
 

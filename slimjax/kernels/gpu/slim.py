@@ -226,6 +226,7 @@ def _load(
     @pl.loop(0, place.count)
     def bring(j: Any) -> None:
         tokens = ring.rows_of(place.start + j)
+
         @pl.loop(0, part.pieces)
         def piece(index: Any) -> None:
             slot = part.slot(j, index)

@@ -152,7 +152,8 @@ def _turned(
         )
         both = ((here, low * cos - high * sin), (there, high * cos + low * sin))
         pairs = [(each, q.at[:, columns]) for columns, rows in both for each in parts(rows, part)]
-        sums = mosaic.added(sums, pairs, interpreted=interpreted)
+        for start in range(0, len(pairs), 2):  # four parts, of codes, take more registers than there are
+            sums = mosaic.added(sums, pairs[start : start + 2], interpreted=interpreted)
     return sums
 
 
