@@ -122,9 +122,9 @@ def cosine(value: jax.typing.ArrayLike, reference: jax.typing.ArrayLike) -> floa
 def four_errors(
     value: jax.typing.ArrayLike, reference: jax.typing.ArrayLike
 ) -> tuple[float, float, float, float]:
-    """``cosine``, ``relative_l1``, ``rmse`` and ``relative_l2`` in one go through large arrays, a cache's part at a time.
+    """``cosine``, ``relative_l1``, ``rmse`` and ``relative_l2`` in one go through arrays, part by part.
 
-    Sums of float64 in another order than theirs.
+    Sums in float64, in another order than theirs. Raises ValueError where the shapes differ.
     """
     a, b = np.ravel(value), np.ravel(reference)
     if np.shape(value) != np.shape(reference):

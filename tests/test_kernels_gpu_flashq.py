@@ -90,9 +90,9 @@ def test_it_gives_the_same_twice():
 
 
 @alone
-def test_in_a_process_of_enough_threads():
+def test_in_a_process_of_enough_threads(request):
     names = ["test_it_is_the_reference", "test_it_gives_the_same_twice"]
-    run_threaded(__file__, names, len(CASES) + 1)
+    run_threaded(request, names, len(CASES) + 1)
 
 
 def test_with_too_few_threads_it_says_so(monkeypatch):

@@ -127,8 +127,8 @@ def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatc
 
 
 @alone
-def test_in_a_process_of_enough_threads():
-    run_threaded(__file__, ["one_pass"], len(CASES) + 7)
+def test_in_a_process_of_enough_threads(request):
+    run_threaded(request, ["one_pass"], len(CASES) + 7)
 
 
 def test_with_too_few_threads_it_says_so(monkeypatch):

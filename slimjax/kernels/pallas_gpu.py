@@ -224,10 +224,7 @@ def refusal(
         return f"softmax {scheme.softmax} has no kernel for GPUs; it has exact"
     codec = codec_of(scheme)
     if not all(_stored(codec.stream(name), scheme.basis) for name in basis(spec).streams(spec)):
-        return (
-            f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, and of other bases int16 with a "
-            "float32 scale for each token"
-        )
+        return f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, and of other bases int16"
     if reason := _shape_refusal(spec, tokens, capacity):
         return reason
     if scheme.basis == "kv":
@@ -238,12 +235,10 @@ def refusal(
 
 
 def _stored(stream: Codec, basis_: str) -> bool:
-    """Whether a stream is bfloat16, or, not of keys beside values, int16 with a float32 scale for each token."""
+    """Whether a stream is bfloat16, or, not of keys beside values, int16 with a scale for each token."""
     if isinstance(stream, FloatCodec):
         return stream.kind == "bf16"
-    if not isinstance(stream, IntegerCodec) or stream.scale_dtype != "float32":
-        return False
-    return basis_ != "kv" and stream.bits == 16 and not stream.per_head
+    return isinstance(stream, IntegerCodec) and basis_ != "kv" and stream.bits == 16 and not stream.per_head
 
 
 def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:

@@ -48,13 +48,13 @@ def order_global(*, interpreted: bool) -> None:
     if interpreted:
         return
 
-    @plgpu.inline_mgpu()
     def emit(ctx: Any) -> None:
         del ctx
         for fence in ("fence.acq_rel.cluster;", "fence.proxy.async.global;"):
             llvm.inline_asm(ir.Type.parse("!llvm.void"), [], fence, "", has_side_effects=True)
 
-    emit()
+    inlined: Any = plgpu.inline_mgpu()(emit)
+    inlined()
 
 
 def enough_threads(needed: int, where: str, interpret: Any) -> None:
