@@ -10,9 +10,8 @@ from slimjax.attention.masks import visible
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.integers import IntegerCodec
-from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import mosaic
-from slimjax.kernels.gpu.grid import CLUSTERS, by_key_head, padded, parts
+from slimjax.kernels.gpu.grid import by_key_head, padded, parts
 from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
 from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
 from slimjax.kernels.gpu.share import GROUPS, Share, share
@@ -156,10 +155,8 @@ def _once(
     mine = jnp.moveaxis(mine, 2, 1).reshape(batch, part.blocks, -1, part.width)
     count = mine.shape[2]
     mine = jnp.pad(mine, ((0, 0), (0, 0), (0, part.rows - count), (0, 0)))
-    if splits is None:
-        splits = parts(batch, held["k"].rows.shape[1], processors=CLUSTERS[part.blocks])
     these = dataclasses.replace(rules, tokens=tokens)
-    answers, log_sums = attend_keys(
+    mixed = attend_keys(
         mine,
         held["k"],
         held.get("r"),
@@ -171,7 +168,6 @@ def _once(
         splits=splits,
         interpret=interpret,
     )
-    mixed, _ = combine(jnp.swapaxes(answers, 2, 3), log_sums)
     mixed = mixed.reshape(batch, part.blocks, part.sent, -1)[:, :, :count]
     mixed = mixed.reshape(batch, part.blocks, tokens, own * rules.group, -1)
     return jnp.swapaxes(mixed, 1, 2).reshape(batch, tokens, heads, -1)

@@ -8,9 +8,7 @@ from jaxtyping import Array, Float
 from slimjax.axes import Lengths
 from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.integers import IntegerCodec
-from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import mosaic
-from slimjax.kernels.gpu.grid import CLUSTERS, parts
 from slimjax.kernels.gpu.ring import Rules
 from slimjax.kernels.gpu.share import GROUPS, Share, share_latent
 from slimjax.kernels.gpu.slim import Held, attend_keys
@@ -73,9 +71,7 @@ def attend(
     rows = jnp.pad(rows, ((0, 0), (0, part.groups * part.rows - tokens * heads), (0, 0)))
     rows = rows.reshape(batch * part.groups, part.rows, part.blocks, part.width)
     held = Held(*cache.streams[spec.scheme.basis].leaves)
-    if splits is None:
-        splits = parts(batch * part.groups, cache.capacity, processors=CLUSTERS[part.blocks])
-    answers, log_sums = attend_keys(
+    mixed = attend_keys(
         jnp.swapaxes(rows, 1, 2),
         held,
         None,
@@ -87,6 +83,5 @@ def attend(
         splits=splits,
         interpret=interpret,
     )
-    mixed, _ = combine(jnp.swapaxes(answers, 2, 3), log_sums)
     mixed = mixed.reshape(batch, part.groups * part.rows, width)
     return mixed[:, : tokens * heads].reshape(q.shape)

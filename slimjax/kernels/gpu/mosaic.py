@@ -182,9 +182,8 @@ def load_columns(ref: Any, columns: Any, *, interpreted: bool) -> jax.Array:
 
 def _read(ref: Any, interpreted: bool) -> jax.Array:
     held = ref[...]
-    if (
-        interpreted
-    ):  # TMA may overwrite what is in registers when a slot is set free; the interpreter asks for more
+    if interpreted:
+        # TMA may overwrite what is in registers when a slot is set free; the interpreter asks for more.
         plgpu.commit_smem()
     return held
 

@@ -53,7 +53,9 @@ from jaxtyping import Array, BFloat16, Float, Num
 
 from slimjax.attention.positions import Position
 from slimjax.axes import Lengths
+from slimjax.kernels.combine import combine
 from slimjax.kernels.gpu import mosaic, ring
+from slimjax.kernels.gpu.grid import CLUSTERS, parts
 from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
 from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, SLOTS, TURNED, Share
 from slimjax.kernels.gpu.slim_mix import mix
@@ -81,10 +83,10 @@ def attend_keys(
     position: Position,
     part: Share,
     *,
-    splits: int,
+    splits: int | None,
     interpret: Any = False,
-) -> tuple[Float[Array, "P GB E+R M"], Float[Array, "P GB M"]]:
-    """Answers, turned, and log-sums of P = ``splits`` parts of each sequence, float32; of no key: 0 and ``MASK``.
+) -> Float[Array, "GB M E+R"]:
+    """Weighed rows of every query row, float32; 0 where it sees none. ``splits``: parts of a sequence; None: ``parts``.
 
     q: rows of each block's heads, in the columns of their own head and else zero; or, G groups a sequence, rows that
     meet all columns. keys: [B, S, E]; extra: [B, R, S]. S and R are multiples of 8. ``first``: position of each
@@ -93,6 +95,8 @@ def attend_keys(
     width = keys.rows.shape[2]
     length, first = (jnp.repeat(each, part.groups) for each in (length, first))
     batch = len(length)
+    if splits is None:
+        splits = parts(batch, keys.rows.shape[1], processors=CLUSTERS[part.blocks])
     optional = {"keys_scale": keys.scale}
     optional |= {"extra": extra.rows, "extra_scale": extra.scale} if extra else {}
     optional |= _angles(position, part.size, -(-keys.rows.shape[1] // BLOCK)) if part.rotary else {}
@@ -119,7 +123,8 @@ def attend_keys(
         interpret=interpret,
         name="slimjax_keys",
     )(length, first, q, keys.rows, *given.values())
-    return out[:, :, : width + part.extra], log_sums
+    mixed, _ = combine(jnp.swapaxes(out[:, :, : width + part.extra], 2, 3), log_sums)
+    return mixed
 
 
 def _angles(position: Position, size: int, blocks: int) -> dict[str, Array]:
@@ -153,13 +158,13 @@ def _shared(part: Share) -> dict[str, Any]:
         "p_ready": plgpu.Barrier(),
         "p_free": plgpu.Barrier(num_arrivals=MIXERS),
     }
-    for name in ("keys_scale", *(["extra_scale"] if part.extra else [])) if part.codes else ():
-        shared |= ring.slot(name, plgpu.SMEM((SLOTS, BLOCK), jnp.float32), SLOTS)
+    if part.codes:
+        for name in ("keys_scale", "extra_scale") if part.extra else ("keys_scale",):
+            shared |= ring.slot(name, plgpu.SMEM((SLOTS, BLOCK), jnp.float32), SLOTS)
     if part.extra:
         shared |= ring.slot("extra", mosaic.tiled((SLOTS, BLOCK, BLOCK), held), SLOTS)
-        shared |= (
-            {"p_extra": mosaic.tiled((part.queries, BLOCK), jnp.bfloat16, columns=step)} if part.codes else {}
-        )
+    if part.extra and part.codes:
+        shared["p_extra"] = mosaic.tiled((part.queries, BLOCK), jnp.bfloat16, columns=step)
     if part.rotary:
         table = mosaic.tiled((BLOCK, part.size // 2), jnp.float32, columns=step)
         shared |= {"cos": table, "sin": table, "angles_ready": plgpu.Barrier(num_barriers=2)}
