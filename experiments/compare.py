@@ -34,6 +34,7 @@ from slimjax.windows import BATCH_TOKENS, Exact, overlapping, prepare as prepare
 
 TITLE = "Caches side by side"
 DTYPE = "float32"  # of queries, weights and output, so that what differs is the cache's
+ASKED = 1  # seed of the problems: those of seed 0 are what tasks were chosen on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +327,7 @@ def _loaded(subject: Subject) -> DecoderLM:
 def measuring(exact: Exact, subject: Subject, grid: CompareConfig) -> Measure:
     """Measures one way to cache; where there is a task, with the model's answers through that cache."""
     task = subject.task if grid.problems else None
-    asked = None if task is None else problems(task, 0, grid.problems)
+    asked = None if task is None else problems(task, ASKED, grid.problems)
 
     @functools.cache
     def unquantised() -> np.ndarray:
