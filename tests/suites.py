@@ -195,3 +195,14 @@ def oracle_output(case: Subject, *, length=None) -> np.ndarray:
         bias=oracle_bias(case, steps, steps),
     )
     return oracle.merge(out, a["wo"], a.get("bo"))
+
+
+def equations(jaxpr):
+    """All of a jaxpr, with those within its equations."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)

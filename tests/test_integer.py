@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle_turbo
 import pytest
+import suites
 
 import oracle
 from slimjax import DecodeSpec, Position, parse_scheme
@@ -268,16 +269,6 @@ def test_sage_rounds_weights_before_they_are_divided():
     np.testing.assert_allclose(out, 1, atol=1e-6)
 
 
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for part in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(part, "jaxpr", part)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
-
-
 @pytest.mark.parametrize(
     "scheme",
     ["kv:flashq4/64", "kv:flashq3/64", "kv:flashq2/64", "kv:flashq2-4/64", "kv:flashq4/64@sas"],
@@ -289,7 +280,7 @@ def test_a_step_multiplies_integers_and_makes_no_floats_of_the_cache(scheme):
     assert packed
     assert sum(leaf.nbytes for leaf in packed) > 0.6 * cache.nbytes
     step = jax.make_jaxpr(decode, static_argnums=3)(jnp.zeros((2, 1, 4, 8)), cache, DecodeWeights(), spec)
-    dots = [each for each in _equations(step.jaxpr) if each.primitive.name == "dot_general"]
+    dots = [each for each in suites.equations(step.jaxpr) if each.primitive.name == "dot_general"]
     assert len(dots) == 2
     for dot in dots:
         assert [each.aval.dtype for each in dot.invars] == [jnp.int8, jnp.int8]
@@ -297,7 +288,7 @@ def test_a_step_multiplies_integers_and_makes_no_floats_of_the_cache(scheme):
     values = 2 * 2048 * 2 * 8
     floats = [
         variable.aval
-        for equation in _equations(step.jaxpr)
+        for equation in suites.equations(step.jaxpr)
         for variable in equation.outvars
         if jnp.issubdtype(getattr(variable.aval, "dtype", jnp.int8), jnp.floating)
     ]
@@ -344,7 +335,7 @@ def test_a_step_never_decodes_the_whole_cache(scheme):
         step = jax.make_jaxpr(attend_cached)(x, layer, cache)
         floats = [
             variable.aval
-            for equation in _equations(step.jaxpr)
+            for equation in suites.equations(step.jaxpr)
             for variable in equation.outvars
             if jnp.issubdtype(getattr(variable.aval, "dtype", jnp.int8), jnp.floating)
             and variable.aval.shape not in _kept(cache)

@@ -3,9 +3,11 @@
 import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import suites
 import test_kernels_tpu_flashq as suite
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
 from threaded import alone, run_threaded, threaded
@@ -24,11 +26,13 @@ Case = suite.Case
 TOLERANCE = 1e-3
 FEW = (0, 33, 300, suite.CAPACITY)
 BF16 = ("dtype", "bfloat16")
+FLASHQ = [case for case in gpu_cases.CASES if case.scheme.startswith("kv:flashq")]
 CASES = [
     Case("kv:flashq4/64", (2, 2, 64), lengths=FEW),
     Case("kv:flashq4/64", (4, 2, 128), "rope", 2, splits=2, lengths=FEW),
     Case("kv:flashq8/64", (2, 1, 64), "rope", 3, lengths=FEW),
     Case("kv:flashq2/64", (2, 2, 64), lengths=FEW),
+    Case("kv:flashq4/64", (2, 1, 96), "rope", 2, lengths=FEW),
     Case("kv:flashq4/32", (2, 2, 64), options=(("window", 100), ("softcap", 4.0)), lengths=FEW),
     Case("kv:flashq2-4/64@sas", (4, 2, 64), "rope", lengths=FEW),
     Case(
@@ -113,7 +117,7 @@ def test_its_sas_is_that_of_the_softmax():
             tile=64,
             interpreted=True,
         )
-        np.testing.assert_allclose(tile_steps._exponential(x, fixed), sas_exp(x, *cut), atol=2e-7)
+        np.testing.assert_allclose(tile_steps.exponential(x, fixed), sas_exp(x, *cut), atol=2e-7)
 
 
 REFUSED = [
@@ -121,7 +125,7 @@ REFUSED = [
     ({"scheme": "kv:flashq8/128"}, "tiles of 128 tokens in 8 bits have no kernel .*; use 32 or 64"),
     ({"scheme": "kv:flashq4/64#float"}, "compute mode float of FlashQ's tiles has no kernel"),
     ({"scheme": "kv:flashq4/64@sas(0)"}, "it has exact, and SAS with a cut"),
-    ({"layout": (2, 2, 96)}, "head_dim=96 in FlashQ's tiles has no kernel"),
+    ({"layout": (2, 2, 80)}, "head_dim=80 has no kernel for GPUs; it has 64, 96, 128"),
     ({"layout": (8, 1, 64), "tokens": 9}, "9 query tokens of 8 heads a key head are more than 64 rows"),
     (
         {"scheme": "kv:flashq2/64", "layout": (2, 2, 128), "tokens": 9},
@@ -140,8 +144,25 @@ def test_what_it_does_not_serve_it_refuses_with_the_reason(changes, reason):
         decode(q, cache, DecodeWeights(), spec, implementation="pallas_gpu")
 
 
-@pytest.mark.parametrize("case", [case for case in gpu_cases.CASES if "flashq" in case.scheme], ids=str)
+@pytest.mark.parametrize("case", FLASHQ, ids=str)
 def test_it_is_lowered_for_cuda_without_a_gpu(case):
     function, specs = gpu_cases.program(case)
     text = gpu_aot.lower(function, *specs).as_text()
     assert text.count("custom_call @mosaic_gpu") == (2 if "2-4" in case.scheme else 1)
+
+
+@pytest.mark.parametrize("case", FLASHQ, ids=str)
+def test_readers_share_no_memory_of_reductions(case):
+    """Pallas would send what goes from warp to warp through one place for all warpgroups of a block."""
+    function, specs = gpu_cases.program(case)
+    assert reductions_over_rows(function, *specs) == 0
+    assert reductions_over_rows(lambda x: x.max(axis=0), jnp.zeros((64, 8))) == 1
+
+
+def reductions_over_rows(function, *specs):
+    kernels = [
+        each
+        for each in suites.equations(jax.make_jaxpr(function)(*specs).jaxpr)
+        if each.primitive.name.startswith("reduce_") and each.invars[0].aval.shape[:1] == (ring.BLOCK,)
+    ]
+    return sum(0 in each.params.get("axes", ()) for each in kernels)

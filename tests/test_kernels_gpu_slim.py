@@ -15,7 +15,7 @@ from threaded import alone, run_threaded, threaded
 from slimjax import decode
 from slimjax.cache import append, codec_of, empty
 from slimjax.kernels import reference
-from slimjax.kernels.gpu import keys, latent, mosaic, share, slim, slim_mix, slim_steps
+from slimjax.kernels.gpu import keys, latent, mosaic, share, slim_load, slim_mix, slim_steps
 from slimjax.kernels.shapes import SHAPES
 from slimjax.numerics import relative_l2
 
@@ -114,7 +114,9 @@ def test_one_pass_loses_nothing_of_codes_to_a_map_that_enlarges_errors(position,
 
 
 @threaded
-@pytest.mark.parametrize("hasty", [slim, slim_steps, slim_mix], ids=["loader", "scorer", "mixers"])
+@pytest.mark.parametrize(
+    "hasty", [slim_load, slim_steps, slim_mix, share], ids=["loader", "scorer", "mixers", "slots"]
+)
 def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatch):
     known = vars(hasty.plgpu)
     monkeypatch.setattr(hasty, "plgpu", SimpleNamespace(**known | {"barrier_wait": lambda barrier: None}))
@@ -128,7 +130,7 @@ def test_one_pass_whose_warpgroups_do_not_wait_is_seen_to_race(hasty, monkeypatc
 
 @alone
 def test_in_a_process_of_enough_threads(request):
-    run_threaded(request, ["one_pass"], len(CASES) + 7)
+    run_threaded(request, ["one_pass"], len(CASES) + 8)
 
 
 def test_with_too_few_threads_it_says_so(monkeypatch):

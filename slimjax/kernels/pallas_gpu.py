@@ -13,13 +13,14 @@ from slimjax.attention.compute import compute_text
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.softmax import sas_of
 from slimjax.axes import Lengths, Queries, typed
-from slimjax.cache import Cache, Codec, codec_of
+from slimjax.cache import Cache, Codec, TiledCodec, codec_of
 from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels import flashq
+from slimjax.kernels.buffer import attend_buffer
 from slimjax.kernels.combine import combine
-from slimjax.kernels.gpu import keys, latent, mosaic, tile_steps
-from slimjax.kernels.gpu.grid import ALIGNED, by_key_head, padded, parts
+from slimjax.kernels.gpu import keys, latent, mosaic, packed, tile_steps
+from slimjax.kernels.gpu.grid import ALIGNED, by_key_head, foreign, padded, parts
 from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
 from slimjax.kernels.gpu.ring import ROWS, SHARED_LIMIT, Rules
@@ -57,7 +58,7 @@ def decode(
     if passes not in (None, 1, 2):
         raise ValueError(f"{passes=}: expected 1, 2 or None")
     reason = refusal(spec, q.shape[1], cache.capacity, biased=weights.k_bias is not None, passes=passes)
-    if reason := reason or (None if interpret is not None else _old_gpu()):
+    if reason := reason or (None if interpret is not None else foreign()):
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
     if splits is not None and splits < 1:
         raise ValueError(f"{splits=}: expected at least one part")
@@ -95,17 +96,15 @@ def _rows(
     if spec.scheme.basis == "kv":
         mixed = _plain(ready.astype(spec.dtype), cache, held, start, rules, splits, interpret)
     elif spec.scheme.basis == "k":
-        mixed = keys.attend(
-            ready.astype(spec.dtype),
-            cache,
-            held,
-            start,
-            rules,
-            spec,
-            splits=splits,
-            passes=passes,
-            interpret=interpret,
+        rows = ready.astype(spec.dtype)
+        mixed, log_sums = keys.attend(
+            rows, cache, held, start, rules, spec, splits=splits, passes=passes, interpret=interpret
         )
+        if isinstance(codec := codec_of(spec.scheme), TiledCodec):
+            assert log_sums is not None  # of one pass
+            newest = attend_buffer(q, cache, weights, spec, codec, start)
+            both = (jnp.stack(each) for each in zip((mixed, log_sums), newest, strict=True))
+            mixed, _ = combine(*both)
     else:
         absorbed, whole = ready.q.astype(spec.dtype), dataclasses.replace(rules, group=spec.heads)
         mixed = latent.attend(absorbed, cache, held, start, whole, spec, splits=splits, interpret=interpret)
@@ -223,8 +222,12 @@ def refusal(
     if scheme.softmax != "exact":
         return f"softmax {scheme.softmax} has no kernel for GPUs; it has exact"
     codec = codec_of(scheme)
-    if not all(_stored(codec.stream(name), scheme.basis) for name in basis(spec).streams(spec)):
-        return f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, and of other bases int16"
+    tiled = scheme.basis == "k" and keys.packing_of(spec) is not None
+    if not (tiled or all(_stored(codec.stream(name), scheme.basis) for name in basis(spec).streams(spec))):
+        return (
+            f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, of keys alone flashq of one width, "
+            "and of bases without values int16"
+        )
     if reason := _shape_refusal(spec, tokens, capacity):
         return reason
     if scheme.basis == "kv":
@@ -264,7 +267,7 @@ def _tiles_refusal(spec: DecodeSpec, tokens: int) -> str | None:
     if mosaic.OLD:
         return "FlashQ's tiles have no kernel for GPUs under jax 0.10; use 0.11 or newer"
     for part in flashq.widths(codec_of(spec.scheme)) or ():
-        if reason := tile_steps.refusal(part.bits, part.tile):
+        if reason := packed.refusal(part.bits, part.tile):
             return reason
         taken = memory(
             math.ceil(tokens * spec.group / ALIGNED) * ALIGNED, spec.head_dim, part.bits, part.tile
@@ -274,16 +277,6 @@ def _tiles_refusal(spec: DecodeSpec, tokens: int) -> str | None:
                 f"{tokens} query tokens of {spec.group} heads a key head take {taken:,} bytes of shared memory beside "
                 f"tiles of {part.bits} bits, more than {SHARED_LIMIT:,}"
             )
-    if spec.head_dim % tile_steps.COLUMNS:
-        return f"{spec.head_dim=} in FlashQ's tiles has no kernel for GPUs; it has 64 and 128"
     if (cut := sas_of(spec.scheme.softmax)) and not cut[0]:
         return f"softmax {spec.scheme.softmax} has no kernel for GPUs; it has exact, and SAS with a cut"
     return None
-
-
-def _old_gpu() -> str | None:
-    """Why the kernels do not run on the GPU in use, or None; also None where there is none."""
-    if jax.default_backend() != "gpu":
-        return None
-    found = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-    return None if found == "9.0" else f"compute capability {found}: the kernels are for 9.0 (Hopper)"

@@ -1,7 +1,8 @@
-"""How a call is cut for the processors of a GPU: parts of sequences, and queries by the key heads that they meet."""
+"""How a call is cut for the processors of a GPU, parts of sequences and queries by key head; and for which GPUs."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -39,3 +40,11 @@ def by_key_head(q: Queries, rules: Rules) -> Float[Array, "B K R H"]:
 def padded(rows: Float[Array, "*B M W"]) -> Float[Array, "*B R W"]:
     """Rows filled up to a multiple of 8."""
     return jnp.pad(rows, (*[(0, 0)] * (rows.ndim - 2), (0, -rows.shape[-2] % ALIGNED), (0, 0)))
+
+
+def foreign() -> str | None:
+    """Why the kernels do not run on the GPU in use, or None; also None where there is none."""
+    if jax.default_backend() != "gpu":
+        return None
+    found = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    return None if found == "9.0" else f"compute capability {found}: the kernels are for 9.0 (Hopper)"

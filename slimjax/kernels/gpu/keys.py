@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from slimjax.attention.masks import visible
 from slimjax.axes import Lengths, Queries
-from slimjax.cache import Cache, codec_of
+from slimjax.cache import Cache, TiledCodec, codec_of
+from slimjax.cache.codecs.flashq import FlashQ
 from slimjax.cache.codecs.integers import IntegerCodec
-from slimjax.kernels.gpu import mosaic
+from slimjax.kernels.buffer import tokens_in_tiles
+from slimjax.kernels.gpu import mosaic, packed
 from slimjax.kernels.gpu.grid import by_key_head, padded, parts
+from slimjax.kernels.gpu.packed import Packing
 from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
 from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
 from slimjax.kernels.gpu.share import GROUPS, Share, share
@@ -52,6 +56,7 @@ def _shared(spec: DecodeSpec, tokens: int) -> Share | None:
         tokens * spec.group,
         rotary=spec.position.rotary,
         codes=_coded(spec, "k"),
+        packing=packing_of(spec),
         extra=spec.scheme.extra,
     )
 
@@ -61,15 +66,24 @@ def _coded(spec: DecodeSpec, name: str) -> bool:
     return isinstance(codec_of(spec.scheme).stream(name), IntegerCodec)
 
 
+def packing_of(spec: DecodeSpec) -> Packing | None:
+    """How keys lie in FlashQ's tiles, if they do."""
+    codec = codec_of(spec.scheme)
+    return Packing(bits=codec.bits, tile=codec.tile) if isinstance(codec, FlashQ) else None
+
+
 def _only_once(spec: DecodeSpec) -> bool:
     """Whether no two passes serve it."""
-    return spec.position.rotary or _coded(spec, "k") or bool(spec.scheme.extra)
+    coded = _coded(spec, "k") or packing_of(spec) is not None
+    return spec.position.rotary or coded or bool(spec.scheme.extra)
 
 
 def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool, passes: int | None) -> str | None:
     """Why keys alone are not served, or None."""
     if spec.scheme.option == 1:
         return "option 1 rebuilds rows, which takes more time than reading them; use k2"
+    if reason := _tiles_refusal(spec, biased=biased):
+        return reason
     if spec.scheme.extra % 8 or spec.scheme.extra > BLOCK:
         return f"{spec.scheme.extra} extra coordinates have no kernel for GPUs; it has multiples of 8 up to {BLOCK}"
     if spec.scheme.extra and _coded(spec, "r") != _coded(spec, "k"):
@@ -84,6 +98,21 @@ def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool, passe
         return None
     if passes == 1 or _only_once(spec) or tokens * spec.heads > ROWS:
         return _unshared(spec, tokens, passes)
+    return None
+
+
+def _tiles_refusal(spec: DecodeSpec, *, biased: bool) -> str | None:
+    """Why FlashQ's tiles are not served, if that is what keys are in; or None."""
+    if (packing := packing_of(spec)) is None:
+        return None
+    if reason := packed.refusal(packing.bits, packing.tile):
+        return reason
+    if spec.scheme.extra:
+        return "extra coordinates beside FlashQ's tiles have no kernel for GPUs"
+    if biased:
+        return "a key bias beside FlashQ's tiles has no kernel for GPUs"
+    if spec.kv_heads % 4:
+        return f"FlashQ's tiles of {spec.kv_heads} key heads have no kernel for GPUs; it has multiples of 4"
     return None
 
 
@@ -118,36 +147,55 @@ def attend(
     splits: int | None,
     passes: int | None,
     interpret: Any,
-) -> Float[Array, "B T N E+R"]:
-    """Keys weighed as whole rows. A bias of the keys moves all scores of a query alike, and is left out.
+) -> tuple[Float[Array, "B T N E+R"], Float[Array, "B T N"] | None]:
+    """Keys weighed as whole rows, and the softmax's log-sums; None where they are not known.
 
-    Raises RuntimeError interpreted with too few threads.
+    A bias of the keys moves all scores of a query alike, and is left out. Of FlashQ's tiles those alone, without the
+    buffer. Raises RuntimeError interpreted with too few threads.
     """
-    held = {name: Held(*stream.leaves) for name, stream in cache.streams.items()}
-    found = plan(spec, q.shape[1], passes)
+    found, limit = plan(spec, q.shape[1], passes), None
+    if packing_of(spec) is None:
+        held = {name: Held(*stream.leaves) for name, stream in cache.streams.items()}
+    else:
+        codec, stored = codec_of(spec.scheme), cache.streams["k"].tiles
+        assert isinstance(codec, TiledCodec)
+        tiles = jax.tree.unflatten(stored.structure, stored.leaves)
+        held = {"k": Held(tiles.packed, tiles.scale, tiles.step, tiles.low)}
+        positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
+        limit = jnp.minimum(tokens_in_tiles(cache, codec, positions), cache.capacity)
     if found is None:
-        return _twice(q, held["k"].rows, length, start, rules, splits, interpret)
-    at, mixed = 0, []
+        return _twice(q, held["k"].rows, length, start, rules, splits, interpret), None
+    at, calls = 0, []
     for count, part in found:
         mosaic.enough_threads(part.blocks * GROUPS, "with keys alone in one pass", interpret)
-        some = q[:, at : at + count]
-        mixed.append(_once(some, held, length, start + at, rules, spec, part, splits, interpret))
+        some = slice(at, at + count)
+        own = None if limit is None else limit[:, some]
+        seen = length if own is None else jnp.max(own, axis=1)
+        these = dataclasses.replace(rules, tokens=count)
+        calls.append(
+            _once(
+                q[:, some], held, seen, own, start + at, these, spec, part, splits=splits, interpret=interpret
+            )
+        )
         at += count
-    return jnp.concatenate(mixed, axis=1)
+    mixed, log_sums = (jnp.concatenate(each, axis=1) for each in zip(*calls, strict=True))
+    return mixed, log_sums
 
 
 def _once(
     q: Queries,
     held: dict[str, Held],
     length: Lengths,
+    limit: Int32[Array, "B T"] | None,
     start: Lengths,
     rules: Rules,
     spec: DecodeSpec,
     part: Share,
+    *,
     splits: int | None,
     interpret: Any,
-) -> Float[Array, "B T N E+R"]:
-    batch, tokens, heads, size = q.shape
+) -> tuple[Float[Array, "B T N E+R"], Float[Array, "B T N"]]:
+    batch, tokens, _, size = q.shape
     own = part.width // size
     rows = q.reshape(batch, tokens, part.blocks, own, rules.group, 1, size)
     itself = jnp.eye(own, dtype=q.dtype).reshape(1, 1, 1, own, 1, own, 1)
@@ -155,22 +203,26 @@ def _once(
     mine = jnp.moveaxis(mine, 2, 1).reshape(batch, part.blocks, -1, part.width)
     count = mine.shape[2]
     mine = jnp.pad(mine, ((0, 0), (0, 0), (0, part.rows - count), (0, 0)))
-    these = dataclasses.replace(rules, tokens=tokens)
-    mixed = attend_keys(
+    mixed, log_sums = attend_keys(
         mine,
         held["k"],
         held.get("r"),
         length,
         start,
-        these,
+        rules,
         spec.position,
         part,
+        limit=limit,
         splits=splits,
         interpret=interpret,
     )
-    mixed = mixed.reshape(batch, part.blocks, part.sent, -1)[:, :, :count]
-    mixed = mixed.reshape(batch, part.blocks, tokens, own * rules.group, -1)
-    return jnp.swapaxes(mixed, 1, 2).reshape(batch, tokens, heads, -1)
+
+    def by_token(found: Float[Array, "B M *A"]) -> Float[Array, "B T N *A"]:
+        found = found.reshape(batch, part.blocks, part.sent, *found.shape[2:])[:, :, :count]
+        found = found.reshape(batch, part.blocks, tokens, own * rules.group, *found.shape[3:])
+        return jnp.swapaxes(found, 1, 2).reshape(batch, tokens, -1, *found.shape[4:])
+
+    return by_token(mixed), by_token(log_sums)
 
 
 def _twice(

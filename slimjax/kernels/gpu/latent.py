@@ -71,7 +71,7 @@ def attend(
     rows = jnp.pad(rows, ((0, 0), (0, part.groups * part.rows - tokens * heads), (0, 0)))
     rows = rows.reshape(batch * part.groups, part.rows, part.blocks, part.width)
     held = Held(*cache.streams[spec.scheme.basis].leaves)
-    mixed = attend_keys(
+    mixed, _ = attend_keys(
         jnp.swapaxes(rows, 1, 2),
         held,
         None,

@@ -22,6 +22,9 @@ _HOME = "jax._src.pallas.mosaic_gpu.interpret.params" if OLD else "jax.experimen
 LOG2E = math.log2(math.e)
 _load: Any = plgpu.load  # in jax 0.10 with one argument more, and not called there
 THREADS = 16  # that the interpreter wants of a large kernel
+SCRATCH = (
+    512  # float32 numbers that a reduction over rows goes through: two registers of each thread at a time
+)
 _Parameters: Any = importlib.import_module(_HOME).InterpretGPUParams
 
 
@@ -170,6 +173,26 @@ def down(by_column: jax.Array, like: jax.Array) -> jax.Array:
     return jax.lax.broadcast_in_dim(by_column, like.shape, (1,))
 
 
+def over_rows(x: jax.Array, operation: str, scratch: Any, *, interpreted: bool) -> jax.Array:
+    """The largest ("max") or the sum ("add") over rows: of every column [64, n], or of numbers of rows [64], one.
+
+    scratch: ``SCRATCH`` float32 numbers of shared memory that no other warpgroup uses at the time. Those that Pallas
+    takes for reductions of its own are one place for all warpgroups of a block, who would mix up their numbers.
+    """
+    if interpreted:
+        return x.max(axis=0) if operation == "max" else x.sum(axis=0)
+    layout, single = plgpu.Layout.WGMMA, plgpu.Layout.WG_SPLAT(())
+    given, left = (layout, layout.reduce(0)) if x.ndim == 2 else (layout.reduce(1), single)
+
+    def emit(ctx: Any, x: Any, scratch: Any) -> Any:
+        del ctx
+        return x.reduce(operation, 0, scratch)
+
+    found = plgpu.ShapeDtypeStruct(x.shape[1:], x.dtype, layout=left)
+    inlined: Any = plgpu.inline_mgpu(arg_types=(given, plgpu.RefType()), return_type=found)(emit)
+    return inlined(x, scratch)
+
+
 def load_columns(ref: Any, columns: Any, *, interpreted: bool) -> jax.Array:
     """Columns of rows that lie one behind the other in shared memory, [64, ...], in the same layout."""
     if interpreted:
@@ -254,3 +277,17 @@ def product(a: Any, b: Any, *, turned: bool = False, interpreted: bool) -> jax.A
         return sums[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], right.shape[1]), jnp.float32))
+
+
+def whole_product(a: Any, b: Any, *, interpreted: bool) -> jax.Array:
+    """INT8 codes a [64, k] times b [n, k] transposed, both in shared memory; int32 [64, n], finished."""
+    if interpreted:
+        left, right = a[...], b[...].T
+        plgpu.commit_smem()
+        return jnp.dot(left, right, preferred_element_type=jnp.int32)
+
+    def multiply(sums: Any) -> jax.Array:
+        plgpu.wgmma(sums, a, b.transpose((1, 0)))
+        return sums[...]
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[0]), jnp.int32))

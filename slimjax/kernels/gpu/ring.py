@@ -50,11 +50,11 @@ class Rules:
             seen &= token > query - self.window
         return seen
 
-    def partly(self, token: Any, place: "Place") -> Any:
-        """Whether some row does not see all of the block that begins at ``token``."""
-        hidden = token + BLOCK > place.length
+    def partly(self, token: Any, place: "Place", size: int = BLOCK) -> Any:
+        """Whether some row does not see all of the ``size`` tokens that begin at ``token``."""
+        hidden = token + size > place.length
         if self.causal:
-            hidden |= token + (BLOCK - 1) > place.first
+            hidden |= token + (size - 1) > place.first
         if self.window is not None:
             hidden |= token <= place.first + (self.tokens - 1 - self.window)
         return hidden
@@ -117,10 +117,11 @@ def slots(count: int, **widths: int) -> dict[str, Any]:
     return held
 
 
-def slot(name: str, memory: Any, count: int) -> dict[str, Any]:
-    """So many slots, and their barriers. "ready": what is in them has come; "free": it is no longer needed."""
-    barriers = {f"{name}_{state}": plgpu.Barrier(num_barriers=count) for state in ("ready", "free")}
-    return {name: memory, **barriers}
+def slot(name: str, memory: Any, count: int, *, readers: int = 1) -> dict[str, Any]:
+    """So many slots, and their barriers. "ready": what is in them has come; "free": no reader of theirs needs it."""
+    ready = plgpu.Barrier(num_barriers=count)
+    free = plgpu.Barrier(num_barriers=count, num_arrivals=readers)
+    return {name: memory, f"{name}_ready": ready, f"{name}_free": free}
 
 
 def rows_of(block: Any) -> Any:

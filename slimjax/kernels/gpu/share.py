@@ -6,17 +6,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from slimjax.kernels.gpu.packed import Packing
 from slimjax.kernels.gpu.ring import BLOCK, ROWS, SHARED_LIMIT
 
 MIXERS = 2
 SCORER, LOADER, GROUPS = MIXERS, MIXERS + 1, MIXERS + 2
-# Registers of a mixer's thread that may hold sums: of bfloat16, of codes, and of codes turned in heads of 64. With more
-# some were seen to be spilled.
+# Registers of a mixer's thread that may hold sums: of bfloat16; of codes, or where the loader expands them and has
+# registers for it; and of these turned in heads of 64. With more some were seen to be spilled.
 PLAIN, CODED, TIGHT = 96, 80, 64
 CLUSTERS = (1, 2, 4, 8)
 PIECES = {64: (128, 64), 96: (192,), 128: (128,)}  # columns of a piece, whole heads, by the size of a head
 TURNED = {64: 32, 96: 16, 128: 32}  # columns that RoPE turns at a time, of each half of a head
+PACKED = 32  # columns that are made of packed bytes at a time
+BYTES = 4  # pieces of packed bytes, with their steps, lows and scales, that shared memory holds
 SLOTS = 2  # blocks of tokens whose scales and extra coordinates are in shared memory
 OTHER = 8192  # bytes of shared memory for reductions and barriers, counted from above
 
@@ -34,6 +39,7 @@ class Share:
         sent: those of them whose scores go round, a multiple of 4: TMA brings 16 bytes at least.
         rotary: whether keys are turned.
         codes: whether rows, and extra coordinates, are int16 codes with a scale for each token, else bfloat16.
+        packing: of FlashQ's codes, which are made bfloat16 rows on the way to the slots, or None.
         extra: R, coordinates of a row besides its keys, weighed alike.
         groups: clusters that the query rows of a sequence are cut into; each reads all rows.
         slots: pieces of 64 tokens that shared memory holds, two blocks of tokens at least; see ``fitted``.
@@ -47,6 +53,7 @@ class Share:
     sent: int
     rotary: bool = False
     codes: bool = False
+    packing: Packing | None = None
     extra: int = 0
     groups: int = 1
     slots: int = 0
@@ -66,9 +73,42 @@ class Share:
         """Pieces of a block of tokens."""
         return self.width // self.piece
 
+    @property
+    def heads(self) -> int:
+        """Key heads of the cluster."""
+        return self.blocks * self.width // self.size
+
+    @property
+    def columns(self) -> int | None:
+        """Columns that are read or written at a time, where shared memory has to be laid out for them."""
+        return TURNED[self.size] if self.rotary else PACKED if self.packing else None
+
+    @property
+    def span(self) -> int:
+        """Tokens that lie one behind the other, of as many blocks as share their bytes."""
+        return self.packing.span if self.packing else BLOCK
+
+    def begin(self, block: Any) -> tuple[Any, Any]:
+        """Where the span of a block of tokens begins, and the token of its first row."""
+        if self.packing is None:
+            return block * BLOCK, block * BLOCK
+        step, part = self.packing.split(block)
+        return step * self.span, step * self.span + part * self.packing.rows
+
+    def offset(self, row: Any) -> Any:
+        """Tokens from a block's first row to this one."""
+        return self.packing.offset(row) if self.packing else row
+
     def slot(self, j: Any, index: Any) -> Any:
         """Of a piece of the j-th block of tokens."""
         return jax.lax.rem(j * self.pieces + index, jnp.int32(self.slots))
+
+    def wait_free(self, shared: dict[str, Any], j: Any, index: Any) -> None:
+        """Until what was in the slot of a piece is no longer needed."""
+
+        @pl.when(j * self.pieces + index >= self.slots)
+        def wait() -> None:
+            plgpu.barrier_wait(shared["keys_free"].at[self.slot(j, index)])
 
     @property
     def product(self) -> int:
@@ -101,16 +141,31 @@ class Share:
         taken += 4 * BLOCK * self.size if self.rotary else 0
         taken += SLOTS * 4 * BLOCK * (2 if self.extra else 1) if self.codes else 0
         taken += 2 * BLOCK * (SLOTS * BLOCK + self.queries) if self.extra else 0
+        if self.packing:
+            scales, steps = 4 * self.heads, self.piece if self.packing.bits < 8 else 0  # bytes of a tile
+            marks = scales * self.packing.brought(scales) + (
+                2 * steps * self.packing.brought(steps) if steps else 0
+            )
+            taken += BYTES * (BLOCK * self.piece + marks)
         slots = (SHARED_LIMIT - OTHER - taken) // (2 * BLOCK * self.piece)
         sums = (self.width // MIXERS + (BLOCK if self.extra else 0)) * self.queries
-        most = PLAIN if not self.codes else TIGHT if self.rotary and self.size == 64 else CODED
+        most = (
+            PLAIN if not (self.codes or self.packing) else TIGHT if self.rotary and self.size == 64 else CODED
+        )
         if self.queries > ROWS or sums > 128 * most or slots < 2 * self.pieces:
             return None
         return dataclasses.replace(self, slots=slots)
 
 
 def share(
-    kv_heads: int, size: int, rows: int, *, rotary: bool = False, codes: bool = False, extra: int = 0
+    kv_heads: int,
+    size: int,
+    rows: int,
+    *,
+    rotary: bool = False,
+    codes: bool = False,
+    packing: Packing | None = None,
+    extra: int = 0,
 ) -> Share | None:
     """The smallest cluster for so many key heads of H = ``size`` and query rows of each; None if there is none."""
     for blocks, piece in itertools.product(CLUSTERS, PIECES.get(size, ())):
@@ -128,6 +183,7 @@ def share(
             sent=sent,
             rotary=rotary,
             codes=codes,
+            packing=packing,
             extra=extra,
         ).fitted()
         if found is not None:

@@ -17,6 +17,8 @@ time:
   stand in the columns of their own head, zeros elsewhere: one product over the block's columns is the scores.
 * Codes of 16 bits are two bfloat16 numbers each, exactly; they, and keys under RoPE, go through registers, the mixers'
   transposed on the way. Their scale is a token's: scores are multiplied by it, and weights once more.
+* FlashQ's packed codes become bfloat16 rows on the way: the loader brings their bytes, and writes the rows
+  (``slim_packed``). A block of tokens is then one part of 64 rows of bytes, and its tokens are not neighbours.
 * RoPE turns keys in float32, halves of a head against each other, by the angles of the block's start and of the tokens
   in it. Turned keys are rounded to bfloat16, those of codes to two.
 * Shared memory holds two blocks of tokens and a part of a third: while one is weighed, scores of the next go round.
@@ -42,6 +44,7 @@ its bytes. Not served: keys with a bias under RoPE, RoPE of neighbouring coordin
 cluster of 8 shares (T5-11B has 16,384), extra coordinates where slots are no multiple of 64.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -49,15 +52,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Num
+from jaxtyping import Array, BFloat16, Float, Int8, Int32, Num
 
 from slimjax.attention.positions import Position
 from slimjax.axes import Lengths
 from slimjax.kernels.combine import combine
-from slimjax.kernels.gpu import mosaic, ring
+from slimjax.kernels.gpu import mosaic, ring, slim_packed
 from slimjax.kernels.gpu.grid import CLUSTERS, parts
-from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
-from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, SLOTS, TURNED, Share
+from slimjax.kernels.gpu.ring import BLOCK, Rules
+from slimjax.kernels.gpu.share import GROUPS, LOADER, MIXERS, SCORER, SLOTS, Share
+from slimjax.kernels.gpu.slim_load import load_rows
 from slimjax.kernels.gpu.slim_mix import mix
 from slimjax.kernels.gpu.slim_steps import score
 
@@ -67,10 +71,21 @@ REGISTERS = {False: (72, 152, 144), True: (64, 128, 160)}
 
 
 class Held(NamedTuple):
-    """Rows as they are cached: bfloat16, or int16 codes and a scale of each token."""
+    """Rows as they are cached: bfloat16, or int16 codes and a scale of each token; or FlashQ's packed codes.
+
+    Attributes:
+        step, low: of the n tiles of codes of fewer than 8 bits.
+    """
 
     rows: Num[Array, "B _ _"]
-    scale: Float[Array, "B 1 S"] | None = None
+    scale: Float[Array, "B _ _"] | None = None  # [B, 1, S], or of tiles [B, n, K]
+    step: Int8[Array, "B n _"] | None = None
+    low: Int8[Array, "B n _"] | None = None
+
+    def named(self, name: str) -> dict[str, Array]:
+        """All but the rows."""
+        found = {f"{name}_{kind}": getattr(self, kind) for kind in ("scale", "step", "low")}
+        return {kind: array for kind, array in found.items() if array is not None}
 
 
 def attend_keys(
@@ -83,24 +98,28 @@ def attend_keys(
     position: Position,
     part: Share,
     *,
+    limit: Int32[Array, "B T"] | None = None,
     splits: int | None,
     interpret: Any = False,
-) -> Float[Array, "GB M E+R"]:
-    """Weighed rows of every query row, float32; 0 where it sees none. ``splits``: parts of a sequence; None: ``parts``.
+) -> tuple[Float[Array, "GB M E+R"], Float[Array, "GB M"]]:
+    """Weighed rows of every query row, float32, 0 where it sees none; and the logarithms of their softmax's sums.
 
     q: rows of each block's heads, in the columns of their own head and else zero; or, G groups a sequence, rows that
     meet all columns. keys: [B, S, E]; extra: [B, R, S]. S and R are multiples of 8. ``first``: position of each
-    sequence's first query. ``interpret``: False, or ``mosaic.interpreter()``.
+    sequence's first query. ``limit``: tokens in tiles that each query token sees, at most ``length``. ``splits``: parts
+    of a sequence; None: ``parts``. ``interpret``: False, or ``mosaic.interpreter()``.
     """
-    width = keys.rows.shape[2]
+    width, tokens = keys.rows.shape[2], keys.rows.shape[1]
     length, first = (jnp.repeat(each, part.groups) for each in (length, first))
     batch = len(length)
+    blocks = -(-tokens // BLOCK)
+    if part.packing:
+        blocks *= part.packing.parts
     if splits is None:
-        splits = parts(batch, keys.rows.shape[1], processors=CLUSTERS[part.blocks])
-    optional = {"keys_scale": keys.scale}
-    optional |= {"extra": extra.rows, "extra_scale": extra.scale} if extra else {}
-    optional |= _angles(position, part.size, -(-keys.rows.shape[1] // BLOCK)) if part.rotary else {}
-    given = {name: array for name, array in optional.items() if array is not None}
+        splits = parts(batch, blocks * BLOCK, processors=CLUSTERS[part.blocks])
+    given = keys.named("keys") | ({"extra": extra.rows, **extra.named("extra")} if extra else {})
+    given |= _angles(position, part, blocks) if part.rotary else {}
+    given |= {"limit": limit} if limit is not None else {}
 
     def body(length: Any, first: Any, q: Any, keys: Any, *rest: Any) -> None:
         more, (out, log_sums, scores, shared) = dict(zip(given, rest, strict=False)), rest[len(given) :]
@@ -123,14 +142,15 @@ def attend_keys(
         interpret=interpret,
         name="slimjax_keys",
     )(length, first, q, keys.rows, *given.values())
-    mixed, _ = combine(jnp.swapaxes(out[:, :, : width + part.extra], 2, 3), log_sums)
-    return mixed
+    return combine(jnp.swapaxes(out[:, :, : width + part.extra], 2, 3), log_sums)
 
 
-def _angles(position: Position, size: int, blocks: int) -> dict[str, Array]:
-    """Cosines and sines of RoPE's angles, made in float64: of 64 tokens [64, H/2], of blocks' starts [blocks, H/2]."""
-    frequency = position.theta ** (-np.arange(0, size, 2) / size)
-    places = {"": np.arange(BLOCK), "start_": np.arange(blocks) * BLOCK}
+def _angles(position: Position, part: Share, blocks: int) -> dict[str, Array]:
+    """Cosines and sines of RoPE's angles, made in float64: of a block's tokens, [64, H/2], and of blocks' first ones,
+    [blocks, H/2].
+    """
+    frequency = position.theta ** (-np.arange(0, part.size, 2) / part.size)
+    places = {"": part.offset(np.arange(BLOCK)), "start_": part.begin(np.arange(blocks))[1]}
     return {
         f"{name}{function.__name__}": jnp.asarray(function(each[:, None] * frequency), jnp.float32)
         for name, each in places.items()
@@ -140,7 +160,7 @@ def _angles(position: Position, size: int, blocks: int) -> dict[str, Array]:
 
 def _shared(part: Share) -> dict[str, Any]:
     """Shared memory and barriers; ``share`` counts their bytes."""
-    step = TURNED[part.size] if part.rotary else None
+    step = part.columns
     held = jnp.int16 if part.codes else jnp.bfloat16
     shared = {
         "q": mosaic.tiled((part.rows, part.width), jnp.bfloat16, columns=step),
@@ -168,11 +188,11 @@ def _shared(part: Share) -> dict[str, Any]:
     if part.rotary:
         table = mosaic.tiled((BLOCK, part.size // 2), jnp.float32, columns=step)
         shared |= {"cos": table, "sin": table, "angles_ready": plgpu.Barrier(num_barriers=2)}
-    return shared
+    return shared | (slim_packed.shared_of(part) if part.packing else {})
 
 
 def _kernel(
-    # inputs, all in global memory: [B], [B]; q [B, C, R, W], keys [B, S, E], scores [B, P, *, C, R], angles
+    # inputs, all in global memory: [B], [B]; q [B, C, R, W], keys [B, S, E], scores [B, P, *, C, R], and others by name
     length: Any,
     first: Any,
     arrays: dict[str, Any],
@@ -187,13 +207,17 @@ def _kernel(
     splits: int,
     interpreted: bool,
 ) -> None:
-    place, group = ring.place(length, first, rules, splits), jax.lax.axis_index("group")
+    place, group = ring.place(length, first, rules, splits, part.span), jax.lax.axis_index("group")
     loading, scoring, mixing = REGISTERS[part.codes or part.extra > 0]
+    if part.packing:
+        several = part.packing.parts  # blocks of tokens of the same bytes
+        place = dataclasses.replace(place, start=place.start * several, count=place.count * several)
+        loading, scoring, mixing = slim_packed.REGISTERS
 
     @pl.when(group == LOADER)
     def load() -> None:
         plgpu.set_max_registers(loading, action="decrease")
-        _load(arrays, shared, place, part, interpreted)
+        load_rows(arrays, shared, place, part, interpreted)
 
     @pl.when(group == SCORER)
     def meet() -> None:
@@ -205,57 +229,3 @@ def _kernel(
     def add() -> None:
         plgpu.set_max_registers(mixing, action="increase")
         mix(out, shared, place, group, part, interpreted)
-
-
-def _load(
-    arrays: dict[str, Any], shared: dict[str, Any], place: Place, part: Share, interpreted: bool
-) -> None:
-    plgpu.copy_gmem_to_smem(arrays["q"].at[place.sequence, place.column], shared["q"], shared["q_ready"])
-    sequence = jax.lax.div(place.sequence, jnp.int32(part.groups))
-    for index, name in enumerate(("cos", "sin") if part.rotary else ()):
-        plgpu.copy_gmem_to_smem(arrays[name], shared[name], shared["angles_ready"].at[index])
-
-    def fetch(j: Any) -> None:
-        """Bring the scores of all heads."""
-        plgpu.barrier_wait(shared["met"].at[jax.lax.rem(j, jnp.int32(part.ahead))])
-        mosaic.order_global(interpreted=interpreted)
-
-        @pl.when(j > 0)
-        def wait() -> None:
-            plgpu.barrier_wait(shared["scores_free"])
-
-        rows = ring.rows_of(jax.lax.rem(j, jnp.int32(part.places)))
-        source = arrays["scores"].at[place.sequence, place.part, rows, :, pl.ds(0, part.sent)]
-        plgpu.copy_gmem_to_smem(source, shared["scores"], shared["scores_ready"])
-
-    @pl.loop(0, place.count)
-    def bring(j: Any) -> None:
-        tokens = ring.rows_of(place.start + j)
-
-        @pl.loop(0, part.pieces)
-        def piece(index: Any) -> None:
-            slot = part.slot(j, index)
-
-            @pl.when(j * part.pieces + index >= part.slots)
-            def wait() -> None:
-                plgpu.barrier_wait(shared["keys_free"].at[slot])
-
-            columns = pl.ds(place.column * part.width + index * part.piece, part.piece)
-            source = arrays["keys"].at[sequence, tokens, columns]
-            plgpu.copy_gmem_to_smem(source, shared["keys"].at[slot], shared["keys_ready"].at[slot])
-
-        # After the pieces: their places wait for what was weighed, and columns need not.
-        for name in ("keys_scale", "extra_scale"):
-            if name in arrays:
-                ring.bring(shared, name, j, arrays[name].at[sequence, 0, tokens])
-        if part.extra:
-            mine = arrays["extra"].at[sequence, :, tokens]
-            pl.when(place.column == 0)(lambda: ring.bring(shared, "extra", j, mine))
-
-        @pl.when(j > 0)
-        def before() -> None:
-            fetch(j - 1)
-
-    @pl.when(place.count > 0)
-    def last() -> None:
-        fetch(place.count - 1)

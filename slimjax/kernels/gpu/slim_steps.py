@@ -32,9 +32,10 @@ def score(
     for index in range(2 if part.rotary else 0):
         plgpu.barrier_wait(shared["angles_ready"].at[index])
     _begin(shared, part, interpreted)
+    limits = [arrays["limit"][place.sequence, index] for index in range(rules.tokens) if "limit" in arrays]
 
     def weights(j: Any) -> None:
-        _weights(j, shared, place, rules, part, interpreted)
+        _weights(j, limits, shared, place, rules, part, interpreted)
 
     @pl.loop(0, place.count)
     def step(j: Any) -> None:
@@ -89,7 +90,9 @@ def _met(arrays: Refs, shared: Refs, j: Any, place: Place, part: Share, interpre
 
     def wait(index: Any) -> None:
         plgpu.barrier_wait(shared["keys_ready"].at[part.slot(j, index)])
-        if not part.codes:  # which cannot be NaN. Here, not by a mixer, all of whose registers are taken
+        if not (
+            part.codes or part.packing
+        ):  # which cannot be NaN. Not by a mixer, whose registers are all taken
             ring.clear(held(index)[0], block * BLOCK, place.length, interpreted=interpreted)
 
     def met(index: Any, sums: Array) -> Array:
@@ -168,7 +171,9 @@ def parts(rows: Array, part: Share) -> list[Array]:
     return [high, (rows - high.astype(jnp.float32)).astype(jnp.bfloat16)] if part.codes else [high]
 
 
-def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, interpreted: bool) -> None:
+def _weights(
+    j: Any, limits: list[Any], shared: Refs, place: Place, rules: Rules, part: Share, interpreted: bool
+) -> None:
     """Weights of a block for the mixers, and what sums so far shrink by; peaks are those of scores times log2(e)."""
     plgpu.barrier_wait(shared["scores_ready"])
 
@@ -176,7 +181,6 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
     def wait() -> None:
         plgpu.barrier_wait(shared["p_free"])
 
-    token = (place.start + j) * BLOCK
     names = [name for name in ("keys_scale", "extra_scale") if name in shared]
     scales = [mosaic.by_row(ring.take(shared, name, j), interpreted=interpreted) for name in names]
     for start in range(0, part.queries, COLUMNS):
@@ -187,7 +191,7 @@ def _weights(j: Any, shared: Refs, place: Place, rules: Rules, part: Share, inte
         raw = _summed(shared["scores"], columns, part, interpreted)
         if scales:
             raw *= mosaic.across(scales[0], raw)
-        raw = _masked(capped(raw, rules), token, start, place, rules, part, interpreted)
+        raw = _masked(capped(raw, rules), place.start + j, start, limits, place, rules, part, interpreted)
         now = jnp.maximum(peak, raw.max(axis=0))
         level = jnp.where(now == -jnp.inf, 0.0, now)  # of rows that have seen nothing: not inf - inf
         shrunk, p = jnp.exp2(peak - level), jnp.exp2(raw - mosaic.down(level, raw))
@@ -225,18 +229,35 @@ def _weighing(p: Array, scales: list[Array], part: Share) -> dict[str, Array]:
 
 
 def _masked(
-    raw: Array, token: Any, start: int, place: Place, rules: Rules, part: Share, interpreted: bool
+    raw: Array,
+    block: Any,
+    start: int,
+    limits: list[Any],
+    place: Place,
+    rules: Rules,
+    part: Share,
+    interpreted: bool,
 ) -> Array:
-    """Scores from ``token`` and column ``start`` on, minus infinity where a row does not see."""
+    """Scores of a block from column ``start`` on, minus infinity where a row does not see.
+
+    limits: tokens that queries of each token see, where that is not the whole sequence.
+    """
+    span, token = part.begin(block)
 
     def mask(raw: Array) -> Array:
-        at = token + mosaic.iota(raw.shape, 0, interpreted=interpreted)
-        query = place.first
-        if rules.tokens > 1:
-            column = start + mosaic.iota(raw.shape, 1, interpreted=interpreted)
-            own = jax.lax.rem(column, jnp.int32(part.sent))
-            own += jax.lax.rem(place.sequence, jnp.int32(part.groups)) * part.sent
-            query += jax.lax.div(own, jnp.int32(rules.group * part.width // part.size))
-        return jnp.where(rules.sees(at, query, place.length), raw, -jnp.inf)
+        at = token + part.offset(mosaic.iota(raw.shape, 0, interpreted=interpreted))
+        if rules.tokens == 1:
+            return jnp.where(rules.sees(at, place.first, place.length), raw, -jnp.inf)
+        column = start + mosaic.iota(raw.shape, 1, interpreted=interpreted)
+        own = jax.lax.rem(column, jnp.int32(part.sent))
+        own += jax.lax.rem(place.sequence, jnp.int32(part.groups)) * part.sent
+        mine = jax.lax.div(own, jnp.int32(rules.group * part.width // part.size))
+        seen = rules.sees(at, place.first + mine, place.length)
+        for index, limit in enumerate(limits):
+            seen &= (mine != index) | (at < limit)
+        return jnp.where(seen, raw, -jnp.inf)
 
-    return jax.lax.cond(rules.partly(token, place), mask, lambda raw: raw, raw)
+    hidden = rules.partly(span, place, part.span)
+    for limit in limits:
+        hidden |= span + part.span > limit
+    return jax.lax.cond(hidden, mask, lambda raw: raw, raw)

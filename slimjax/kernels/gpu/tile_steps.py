@@ -7,6 +7,7 @@ tokens of one tile, and a column a query.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,63 +21,32 @@ from slimjax.attention.sas import coefficients
 from slimjax.cache.codecs.flashq import LIMIT
 from slimjax.kernels.gpu import mosaic, ring
 from slimjax.kernels.gpu.mosaic import LOG2E
-from slimjax.kernels.gpu.ring import BLOCK, READERS, Place, Rules
+from slimjax.kernels.gpu.packed import Packing, expanded
+from slimjax.kernels.gpu.ring import READERS, Place, Rules
 
 NONE = -1e30  # of a row that has seen nothing: finite, so that differences are
-COLUMNS = 64  # of rows that are expanded at a time: more take more registers than there are
+COLUMNS = {64: 64, 96: 32, 128: 64}  # expanded at a time, by the size of a head: more take too many registers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Static:
+class Static(Packing):
     """The static half of a call.
 
     Attributes:
         rules: as of other kernels; row m of a key head is query token m % T.
         integer: the compute mode, whose choices of P's scale, denominator and rescaling hold.
         sas: threshold and degree, or None for an exact softmax.
-        bits, tile: of the codes, and tokens of a tile.
         interpreted: whether there is no GPU.
     """
 
     rules: Rules
     integer: Integer
     sas: tuple[float, int] | None
-    bits: int
-    tile: int
     interpreted: bool
-
-    @property
-    def parts(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.bits
-
-    @property
-    def rows(self) -> int:
-        """Rows of bytes of a tile."""
-        return self.tile // self.parts
-
-    @property
-    def count(self) -> int:
-        """Tiles of a step."""
-        return BLOCK // self.rows
-
-    @property
-    def span(self) -> int:
-        """Tokens of a step."""
-        return self.count * self.tile
-
-
-def refusal(bits: int, tile: int) -> str | None:
-    """Why tiles have no kernel, or None."""
-    if bits == 3:
-        return "tiles of 3 bits have no kernel for GPUs; it has 8, 4 and 2"
-    if BLOCK % (tile * bits // 8):
-        return f"tiles of {tile} tokens in {bits} bits have no kernel for GPUs; use 32 or 64"
-    return None
 
 
 def begin(shared: dict[str, Any], fixed: Static) -> tuple[Array, Array, Array]:
-    """Maxima and sums of the softmax [R], and weighed values [H, R], of no token."""
+    """Maxima and sums of the softmax [R], and weighed values [W, R], of no token."""
     _, size, rows = shared["out"].shape
     none = mosaic.full((size, rows), 0.0, interpreted=fixed.interpreted)
     peak, total = (mosaic.full_columns(rows, value, interpreted=fixed.interpreted) for value in (NONE, 0.0))
@@ -101,19 +71,22 @@ def step(
     wide = shared["wide"].at[group]
     _widen(shared, wide, j, fixed)
     shape, highest = scores[0].shape, functools.reduce(jnp.maximum, scores)
+    over_rows = functools.partial(
+        mosaic.over_rows, scratch=shared["scratch"].at[group], interpreted=fixed.interpreted
+    )
 
     def take(index: Any, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, mixed = state
         mine = _tile_of(shape, fixed) == index
-        now = jnp.maximum(peak, jnp.where(mine, highest, NONE).max(axis=0))
-        factor = _factor(now - peak, fixed)
+        now = jnp.maximum(peak, over_rows(jnp.where(mine, highest, NONE), "max"))
+        factor = factor_of(now - peak, fixed)
         level = _down(jnp.maximum(now, NONE / 2), shape)
-        p = [jnp.where(mine, _exponential(level - each, fixed), 0.0) for each in scores]
-        codes, scale = _codes(p, fixed)
+        p = [jnp.where(mine, exponential(level - each, fixed), 0.0) for each in scores]
+        codes, scale = _codes(p, over_rows, fixed)
         summed = (
             p if fixed.integer.denominator == "before" else [each * _down(scale, shape) for each in codes]
         )
-        total = total * factor + functools.reduce(jnp.add, summed).sum(axis=0)
+        total = total * factor + over_rows(functools.reduce(jnp.add, summed), "add")
         new, across = _weighed(codes, shared["p"].at[group], wide, fixed), mixed.shape
         v_scale = _scale(inputs["values_scale"], block * fixed.count + index, place, fixed)
         return now, total, mixed * _down(factor, across) + new * _down(scale * v_scale, across)
@@ -129,18 +102,18 @@ def _scale(scales: Any, tile: Any, place: Place, fixed: Static) -> Any:
 
 def _tile_of(shape: tuple[int, ...], fixed: Static) -> Array:
     """Which of the step's tiles a row is of."""
-    row = mosaic.iota(shape, 0, interpreted=fixed.interpreted)
-    return jax.lax.div(row, jnp.int32(fixed.rows))
+    return fixed.tile_of(mosaic.iota(shape, 0, interpreted=fixed.interpreted))
 
 
 def _widen(shared: dict[str, Any], wide: Any, j: Any, fixed: Static) -> None:
-    """Values' codes in shared memory, [64, H] for each part of a byte."""
+    """Values' codes in shared memory, [64, H] for each part of a byte; columns behind H stay what they were."""
     held = _take(shared, "values", j, fixed)
     plgpu.commit_smem()  # all warps have read what was there
 
     def widen(part: Any, _: None) -> None:
-        for start in range(0, wide.shape[2], COLUMNS):
-            columns = pl.ds(start, COLUMNS)
+        width = COLUMNS[held[""].shape[1]]
+        for start in range(0, held[""].shape[1], width):
+            columns = pl.ds(start, width)
             wide.at[part, :, columns][...] = _expanded(held, columns, part, fixed)
 
     jax.lax.fori_loop(0, fixed.parts, widen, None)
@@ -160,28 +133,10 @@ def _give(shared: dict[str, Any], name: str, j: Any, fixed: Static) -> None:
         ring.give(shared, each, j)
 
 
-def _expanded(held: dict[str, Any], columns: Any, part: Any, fixed: Static) -> BFloat16[Array, "64 64"]:
-    """The INT8 codes of a part of a byte."""
-    packed = mosaic.load(held[""].at[:, columns], interpreted=fixed.interpreted).astype(jnp.int32)
-    if fixed.bits < 8:
-        both = _steps(held, columns, packed.shape, fixed)
-        by = (part * fixed.bits).astype(jnp.int32)
-        code = jax.lax.shift_right_logical(packed, by) & jnp.int32(2**fixed.bits - 1)
-        packed = code * (both & 255) + jax.lax.shift_right_arithmetic(both, jnp.int32(8))
-    return packed.astype(jnp.float32).astype(jnp.bfloat16)
-
-
-def _steps(held: dict[str, Any], columns: Any, shape: tuple[int, ...], fixed: Static) -> Array:
-    """256 low + step of each row's tile and column: one number rather than two while tiles are chosen."""
-    tile, found = _tile_of(shape, fixed), jnp.zeros(shape, jnp.int32)
-    for index in range(fixed.count):
-        step, low = (
-            mosaic.by_column(held[name].at[index, columns], interpreted=fixed.interpreted).astype(jnp.int32)
-            for name in ("step", "low")
-        )
-        mine = _down((step & 255) | jax.lax.shift_left(low, jnp.int32(8)), shape)
-        found = mine if index == 0 else jnp.where(tile == index, mine, found)
-    return found
+def _expanded(held: dict[str, Any], columns: Any, part: Any, fixed: Static) -> BFloat16[Array, "64 w"]:
+    """The INT8 codes of a part of a byte, which bfloat16 holds."""
+    codes = expanded(held, columns, part, fixed, interpreted=fixed.interpreted)
+    return codes.astype(jnp.float32).astype(jnp.bfloat16)
 
 
 def _met(shared: dict[str, Any], j: Any, fixed: Static) -> list[Array]:
@@ -190,8 +145,9 @@ def _met(shared: dict[str, Any], j: Any, fixed: Static) -> list[Array]:
 
     def met(part: int) -> Array:
         sums = None
-        for start in range(0, q.shape[1], COLUMNS):
-            columns = pl.ds(start, COLUMNS)
+        width = COLUMNS[q.shape[1]]
+        for start in range(0, q.shape[1], width):
+            columns = pl.ds(start, width)
             rows = _expanded(held, columns, jnp.int32(part), fixed)
             new = mosaic.product(rows, q.at[:, columns], turned=True, interpreted=fixed.interpreted)
             sums = new if sums is None else sums + new
@@ -224,7 +180,7 @@ def _scores(
     sees = jnp.zeros_like(row)
     for index in range(rules.tokens):
         sees = jnp.where(token == index, limit[place.sequence, index], sees)
-    first, query = block * fixed.span + tile * (fixed.tile - fixed.rows) + row, place.first + token
+    first, query = block * fixed.span + fixed.offset(row), place.first + token
     found = []
     for part, each in enumerate(met):
         at = first + part * fixed.rows
@@ -237,19 +193,19 @@ def _scores(
     return found
 
 
-def _codes(p: list[Array], fixed: Static) -> tuple[list[Array], Array]:
+def _codes(p: list[Array], over_rows: Callable[..., Array], fixed: Static) -> tuple[list[Array], Array]:
     """P of a tile in whole numbers within INT8, and the scale of every query, [R]."""
     if fixed.integer.p == "static":
         scale = mosaic.full_columns(p[0].shape[1], 1 / 127, interpreted=fixed.interpreted)
     else:
-        top = functools.reduce(jnp.maximum, p).max(axis=0)
+        top = over_rows(functools.reduce(jnp.maximum, p), "max")
         scale = jnp.where(top == 0.0, 1.0, top * (1 / LIMIT))
     across = _down(scale, p[0].shape)
     return [jnp.round(each / across) for each in p], scale
 
 
 def _weighed(codes: list[Array], held: Any, wide: Any, fixed: Static) -> Array:
-    """v^T p8^T of all parts, [H, R]: whole numbers."""
+    """v^T p8^T of all parts, [W, R]: whole numbers."""
     sums = None
     for part, each in enumerate(codes):
         plgpu.commit_smem()  # all warps have read what was there
@@ -261,7 +217,7 @@ def _weighed(codes: list[Array], held: Any, wide: Any, fixed: Static) -> Array:
     return sums
 
 
-def _exponential(x: Array, fixed: Static) -> Array:
+def exponential(x: Array, fixed: Static) -> Array:
     """exp(-x) of x >= 0, by SAS where that is chosen (``attention.sas.sas_exp``); 0 far away."""
     if fixed.sas is None:
         return jnp.exp2(x * -LOG2E)
@@ -277,11 +233,11 @@ def _exponential(x: Array, fixed: Static) -> Array:
     return jnp.where(x > threshold, 0.0, entry * value)
 
 
-def _factor(fall: Array, fixed: Static) -> Array:
+def factor_of(fall: Array, fixed: Static) -> Array:
     """Of what was summed under a lower maximum."""
     if fixed.integer.rescale == "exact" or fixed.sas is None:
         return jnp.exp2(fall * -LOG2E)
-    return jnp.where(fall == 0.0, 1.0, _exponential(fall, fixed))
+    return jnp.where(fall == 0.0, 1.0, exponential(fall, fixed))
 
 
 def _down(by_column: Array, shape: tuple[int, ...]) -> Array:

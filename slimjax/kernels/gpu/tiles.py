@@ -10,9 +10,8 @@ For the R query rows m of a key head, in INT8 codes, and each tile t of tokens j
   along k only).
 * Tokens are the 64 rows of every product, queries its columns: s^T = k q^T and out^T = v^T p8^T. So a decoded token of
   one head costs 8 columns rather than 64 rows, and few registers.
-* 64 rows of packed bytes are the tiles that a step takes, 8/bits of 64 tokens; their parts (``cache.pack``) are other
-  tokens of the same tiles. Keys go from registers into their product, values through shared memory, where they are
-  read transposed.
+* A step takes 64 rows of packed bytes (``packed``). Keys go from registers into their product, values through shared
+  memory, where they are read transposed.
 
 A block of threads works on one sequence, key head and part of the tokens (``ring``); each of its readers has a softmax
 of its own, put together outside by exact exponentials. SAS's weights are relative to each reader's own maximum.
@@ -33,6 +32,7 @@ from jaxtyping import Array, BFloat16, Float, Int32
 from slimjax.axes import Lengths
 from slimjax.cache.codecs.flashq import FlashQTiles
 from slimjax.kernels.gpu import mosaic, ring
+from slimjax.kernels.gpu.packed import Packing
 from slimjax.kernels.gpu.ring import BLOCK, READERS, ROWS
 from slimjax.kernels.gpu.tile_steps import COLUMNS, Static, begin, step
 
@@ -89,33 +89,40 @@ def _named(name: str, tiles: FlashQTiles) -> dict[str, Array]:
     return {f"{name}{suffix}": array for suffix, array in found.items() if array is not None}
 
 
+def _filled(size: int) -> int:
+    """W, channels of values with those that fill up the 64 rows of a product; the sums of these go nowhere."""
+    return -(-size // ROWS) * ROWS
+
+
 def _shared(rows: int, size: int, fixed: Static) -> dict[str, Any]:
     """Shared memory and barriers; ``memory`` counts their bytes."""
+    width, columns = _filled(size), COLUMNS[size]
     shared = {
-        "q": mosaic.tiled((rows, size), jnp.bfloat16),
+        "q": mosaic.tiled((rows, size), jnp.bfloat16, columns=columns),
         "q_scale": plgpu.SMEM((ROWS,), jnp.float32),
-        "out": mosaic.tiled((READERS, size, rows), jnp.float32),
+        "out": mosaic.tiled((READERS, width, rows), jnp.float32),
         "peak": plgpu.SMEM((READERS, rows), jnp.float32),
         "total": plgpu.SMEM((READERS, rows), jnp.float32),
-        "p": mosaic.tiled((READERS, rows, BLOCK), jnp.bfloat16),
-        "wide": mosaic.tiled((READERS, fixed.parts, BLOCK, size), jnp.bfloat16),
+        "scratch": plgpu.SMEM((READERS, mosaic.SCRATCH), jnp.float32),
+        "p": mosaic.tiled((READERS, rows, BLOCK), jnp.bfloat16, columns=columns),
+        "wide": mosaic.tiled((READERS, fixed.parts, BLOCK, width), jnp.bfloat16, columns=columns),
         "q_ready": plgpu.Barrier(num_barriers=2),
     }
     byte = jnp.int8 if fixed.bits == 8 else jnp.uint8
     for name in ("keys", "values"):
-        shared |= ring.slot(name, mosaic.tiled((SLOTS, BLOCK, size), byte, columns=COLUMNS), SLOTS)
+        shared |= ring.slot(name, mosaic.tiled((SLOTS, BLOCK, size), byte, columns=columns), SLOTS)
         for each in ("step", "low") if fixed.bits < 8 else ():
-            held = plgpu.SMEM((SLOTS, fixed.count, size), jnp.int8)
+            held = plgpu.SMEM((SLOTS, fixed.brought(size), size), jnp.int8)
             shared |= ring.slot(f"{name}_{each}", held, SLOTS)
     return shared
 
 
 def memory(rows: int, size: int, bits: int, tile: int) -> int:
     """Bytes of shared memory for R query rows of H; what reductions and barriers take is counted from above."""
-    parts, count = 8 // bits, BLOCK * 8 // (tile * bits)
-    queries = rows * (2 * size + READERS * (4 * size + 2 * 4 + 2 * BLOCK)) + 4 * ROWS
-    codes = SLOTS * size * (BLOCK + (2 * count if bits < 8 else 0))
-    return queries + 2 * codes + READERS * parts * BLOCK * size * 2 + OTHER
+    packing, width = Packing(bits=bits, tile=tile), _filled(size)
+    queries = rows * (2 * size + READERS * (4 * width + 2 * 4 + 2 * BLOCK)) + 4 * ROWS
+    codes = SLOTS * size * (BLOCK + (2 * packing.brought(size) if bits < 8 else 0))
+    return queries + 2 * codes + READERS * (2 * packing.parts * BLOCK * width + 4 * mosaic.SCRATCH) + OTHER
 
 
 def _kernel(
@@ -141,8 +148,10 @@ def _kernel(
     group, size = jax.lax.axis_index("group"), q.shape[3]
     columns = pl.ds(place.column * size, size)
 
-    def source(name: str, rows: int) -> Any:
-        return lambda block: inputs[name].at[place.sequence, pl.ds(block * rows, rows), columns]
+    def source(name: str) -> Any:
+        codes = name in ("keys", "values")
+        stride, rows = (BLOCK, BLOCK) if codes else (fixed.count, fixed.brought(size))
+        return lambda block: inputs[name].at[place.sequence, pl.ds(block * stride, rows), columns]
 
     @pl.when(group == READERS)
     def load() -> None:
@@ -151,8 +160,7 @@ def _kernel(
         plgpu.copy_gmem_to_smem(q.at[mine], shared["q"], shared["q_ready"].at[0])
         plgpu.copy_gmem_to_smem(q_scale.at[mine], shared["q_scale"], shared["q_ready"].at[1])
         wanted = [name for name in inputs if not name.endswith("_scale")]
-        rows = {name: BLOCK if name in ("keys", "values") else fixed.count for name in wanted}
-        ring.load(shared, place, {name: source(name, rows[name]) for name in wanted})
+        ring.load(shared, place, {name: source(name) for name in wanted})
 
     @pl.when(group < READERS)
     def read() -> None:
@@ -166,6 +174,7 @@ def _kernel(
         shared["peak"][group], shared["total"][group], shared["out"][group] = state
         plgpu.commit_smem()
         at = (place.part * READERS + group, place.sequence, place.column)
-        for name, target in (("peak", peak), ("total", total), ("out", out)):
+        for name, target in (("peak", peak), ("total", total)):
             plgpu.copy_smem_to_gmem(shared[name].at[group], target.at[at])
+        plgpu.copy_smem_to_gmem(shared["out"].at[group, pl.ds(0, size)], out.at[at])
         plgpu.wait_smem_to_gmem(0)
