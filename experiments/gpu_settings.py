@@ -11,24 +11,38 @@ from slimjax.scheme import parse_scheme, suggest
 
 def check_names(config: Config, section: str) -> None:
     """Raise ConfigError for unknown shapes, schemes or implementations, and for values that are there twice."""
-    for field, known in (("shapes", SHAPES), ("implementations", IMPLEMENTATIONS), ("schemes", None)):
+    for field, known in (
+        ("shapes", SHAPES),
+        ("implementations", IMPLEMENTATIONS),
+        ("schemes", None),
+        ("prompts", None),
+    ):
         names = getattr(config, field, ())
         for name in names:
             if known is not None and name not in known:
                 raise ConfigError(f"{field}: unknown name {name!r}{suggest(name, known)}", field, section)
             if known is None:
-                _check_scheme(name, section)
-    for field in ("shapes", "schemes", "implementations", "dtypes", "tokens", "batches", "contexts"):
+                _check_scheme(name, field, section)
+    for field in (
+        "shapes",
+        "schemes",
+        "prompts",
+        "implementations",
+        "dtypes",
+        "tokens",
+        "batches",
+        "contexts",
+    ):
         values = getattr(config, field, None)
         if values is not None and len(set(values)) < len(values):
             raise ConfigError(f"{field} = {values}: expected distinct values", field, section)
 
 
-def _check_scheme(text: str, section: str) -> None:
+def _check_scheme(text: str, field: str, section: str) -> None:
     try:
         parse_scheme(text)
     except ValueError as error:
-        raise ConfigError(f"schemes: {error}", "schemes", section) from None
+        raise ConfigError(f"{field}: {error}", field, section) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +54,7 @@ class ParityConfig(Config):
     implementations: tuple[str, ...] = ()  # of `slimjax.decode`; (): those made for the backend in use
     dtypes: tuple[ComputeDtype, ...] = ("bfloat16",)  # compute dtypes
     tokens: tuple[Count, ...] = (1,)  # query tokens
+    prompts: tuple[str, ...] = ()  # schemes whose prompts, of so many tokens as there are slots, meet in INT8
     block: Count = 64  # sequences end beside, at and inside blocks of so many slots
     context: Count = 512  # slots
     seed: Whole = 0

@@ -8,6 +8,7 @@ reads it shows. Each runs twice, and must give the same bits.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from slimjax.attention.projections import DecodeWeights
 from slimjax.cache import Cache
 from slimjax.config import Config
 from slimjax.kernels.api import decode, native
+from slimjax.kernels.prompts import attend_prompt
 from slimjax.kernels.shapes import SHAPES, Shape
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.numerics import relative_l2
@@ -53,12 +55,17 @@ def units(config: Parity) -> list[Unit]:
 
 def _unit(config: Parity, name: str) -> Unit:
     asked, shape = config.parity, SHAPES[name]
+    steps = itertools.product(asked.schemes, asked.tokens)
+    phases = [("decode", *each) for each in steps] + [
+        ("prefill", each, asked.context) for each in asked.prompts
+    ]
     cells = tuple(
         {
             "experiment": "parity",
             "shape": name,
             "scheme": str(parse_scheme(scheme)),
             "backend": backend,
+            "phase": phase,
             "tokens": tokens,
             "position": shape.position,
             "heads": shape.heads,
@@ -69,8 +76,8 @@ def _unit(config: Parity, name: str) -> Unit:
             "dtype": dtype,
             "seed": asked.seed,
         }
-        for scheme, backend, tokens, dtype in itertools.product(
-            asked.schemes, config.implementations, asked.tokens, asked.dtypes
+        for (phase, scheme, tokens), backend, dtype in itertools.product(
+            phases, config.implementations, asked.dtypes
         )
     )
     return Unit(name, cells, shape)
@@ -100,24 +107,16 @@ def _lengths(asked: ParityConfig) -> tuple[int, ...]:
 
 def _measure(cell: Cell, *, shape: Shape, asked: ParityConfig) -> dict[str, Any]:
     spec = shape.spec(str(cell["scheme"]), str(cell["dtype"]))
-    weights = random_weights(spec)
-    clean = random_cache(spec, len(_lengths(asked)), asked.context, asked.seed)
-    clean = dataclasses.replace(clean, length=jnp.asarray(_lengths(asked), jnp.int32))
-    tokens = int(str(cell["tokens"]))
-    size = (clean.batch, tokens, spec.heads, spec.head_dim)
-    query = jax.random.normal(jax.random.key(asked.seed + 1), size).astype(spec.dtype)
-    # A query that stands before the first token sees nothing; cross-attention's have no place among the keys.
-    start = jnp.maximum(clean.length - tokens, 0) if spec.causal else jnp.zeros_like(clean.length)
-    wanted = _exact(query, clean, weights, spec, start)
-
-    spoilt = poisoned(clean)
+    length = jnp.asarray(_lengths(asked), jnp.int32)
+    given = _prompt if cell["phase"] == "prefill" else _step
+    call, spoilt, wanted = given(spec, length, asked, int(str(cell["tokens"])))
 
     @functools.cache  # a second compilation may choose otherwise, and is no second run
     def program(implementation: str) -> Any:
-        return jax.jit(functools.partial(decode, spec=spec, implementation=implementation))
+        return jax.jit(functools.partial(call, implementation=implementation))
 
     def run(implementation: str) -> np.ndarray:
-        return np.asarray(program(implementation)(query, spoilt, weights, start=start), np.float64)
+        return np.asarray(program(implementation)(*spoilt), np.float64)
 
     found = run(str(cell["backend"]))
     if not np.isfinite(found).all():
@@ -130,6 +129,61 @@ def _measure(cell: Cell, *, shape: Shape, asked: ParityConfig) -> dict[str, Any]
         "attention_error": relative_l2(found, wanted),
         "reference_error": relative_l2(run("reference"), wanted),
     }
+
+
+Given = tuple[
+    Callable[..., jax.Array], tuple[Any, ...], np.ndarray
+]  # a call, its poisoned arguments, its exact answer
+
+
+def _step(spec: DecodeSpec, length: jax.Array, asked: ParityConfig, tokens: int) -> Given:
+    """So many query tokens on a ragged cache."""
+    weights = random_weights(spec)
+    clean = random_cache(spec, len(length), asked.context, asked.seed)
+    clean = dataclasses.replace(clean, length=length)
+    size = (clean.batch, tokens, spec.heads, spec.head_dim)
+    query = jax.random.normal(jax.random.key(asked.seed + 1), size).astype(spec.dtype)
+    # A query that stands before the first token sees nothing; cross-attention's have no place among the keys.
+    start = jnp.maximum(length - tokens, 0) if spec.causal else jnp.zeros_like(length)
+
+    def call(
+        query: jax.Array,
+        cache: Cache,
+        weights: DecodeWeights,
+        start: jax.Array,
+        *,
+        implementation: str,
+        spec: DecodeSpec = spec,
+    ) -> jax.Array:
+        return decode(query, cache, weights, spec, start=start, implementation=implementation)
+
+    wanted = _exact(call, (query, clean, weights, start), spec)
+    return call, (query, poisoned(clean), weights, start), wanted
+
+
+def _prompt(spec: DecodeSpec, length: jax.Array, asked: ParityConfig, tokens: int) -> Given:
+    """Prompts of these lengths on themselves."""
+    keys = jax.random.split(jax.random.key(asked.seed + 1), 3)
+    heads = (spec.heads, spec.kv_heads, spec.kv_heads)
+    rows = [
+        jax.random.normal(key, (len(length), tokens, count, spec.head_dim)).astype(spec.dtype)
+        for key, count in zip(keys, heads, strict=True)
+    ]
+    past = (jnp.arange(tokens)[None] >= length[:, None])[:, :, None, None]
+
+    def call(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        length: jax.Array,
+        *,
+        implementation: str,
+        spec: DecodeSpec = spec,
+    ) -> jax.Array:
+        return attend_prompt(q, k, v, spec, length, implementation=implementation)
+
+    wanted = _exact(call, (*rows, length), spec)
+    return call, (*(jnp.where(past, jnp.nan, each) for each in rows), length), wanted
 
 
 def poisoned(cache: Cache) -> Cache:
@@ -151,14 +205,19 @@ def poisoned(cache: Cache) -> Cache:
     return dataclasses.replace(cache, streams=jax.tree.map(spoil, cache.streams))
 
 
-def _exact(
-    query: jax.Array, cache: Cache, weights: DecodeWeights, spec: DecodeSpec, start: jax.Array
-) -> np.ndarray:
+def _exact(call: Callable[..., jax.Array], given: tuple[Any, ...], spec: DecodeSpec) -> np.ndarray:
     """The reference on the same codes, in float64 on the CPU; INT8 products and their scales are what they are."""
-    spec = dataclasses.replace(spec, dtype="float64")
-    given = jax.tree.map(np.asarray, (query, cache, weights, start))
+    exact = functools.partial(
+        call, implementation="reference", spec=dataclasses.replace(spec, dtype="float64")
+    )
+    held = jax.tree.map(np.asarray, given)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
-        query, cache, weights, start = jax.tree.map(jnp.asarray, given)
-        weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), weights)
-        call = functools.partial(decode, spec=spec, implementation="reference")
-        return np.asarray(jax.jit(call)(query.astype(jnp.float64), cache, weights, start=start))
+        widened = jax.tree.map(_widened, held, is_leaf=lambda leaf: isinstance(leaf, Cache))
+        return np.asarray(jax.jit(exact)(*widened))
+
+
+def _widened(leaf: Any) -> Any:
+    """Floats in float64, but a cache's, which are part of its codes."""
+    if isinstance(leaf, Cache):
+        return jax.tree.map(jnp.asarray, leaf)
+    return jnp.asarray(leaf, jnp.float64 if jnp.issubdtype(leaf.dtype, jnp.floating) else None)

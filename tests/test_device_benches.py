@@ -20,6 +20,7 @@ Run.experiment = 'parity'
 Parity.shapes = ('tiny-rope', 'tiny-gqa')
 Parity.schemes = ('kv:bf16', 'k2:bf16', 'kv:flashq4')
 Parity.tokens = (1, 3)
+Parity.prompts = ('kv:flashq4@sas',)
 Parity.block = 16
 Parity.context = 72
 """
@@ -50,7 +51,8 @@ def records_of(tmp_path, text):
 
 def test_the_reference_is_itself_in_float64_but_for_rounding(tmp_path):
     found = records_of(tmp_path, PARITY)
-    assert len(found) == 2 * 3 * 2
+    assert len(found) == 2 * (3 * 2 + 1)
+    assert sum(r.cell["phase"] == "prefill" for r in found) == 2
     refused = [r for r in found if r.status == "refused"]
     assert {(r.cell["shape"], r.cell["scheme"]) for r in refused} == {("tiny-gqa", "k:bf16")}
     for record in found:
@@ -83,6 +85,7 @@ def test_a_broken_kernel_is_a_failed_row(fault, tmp_path, monkeypatch):
 
     monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_gpu", decode)
     text = PARITY.replace("('kv:bf16', 'k2:bf16', 'kv:flashq4')", "('kv:bf16',)").replace("(1, 3)", "(1,)")
+    text = text.replace("('kv:flashq4@sas',)", "()")
     found = records_of(tmp_path, text + "Parity.implementations = ('pallas_gpu',)\n")
     assert {record.status for record in found} == {"failed"}
     assert all(reason in record.reason for record in found)

@@ -9,16 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int8, Int32
 
 from slimjax.attention.compute import compute_of, compute_text
 from slimjax.attention.integer import Asked, Integer, State, answer, ask
 from slimjax.attention.integer_tiles import buffer_tiles
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights
-from slimjax.axes import Lengths, Queries
+from slimjax.axes import Keys, Lengths, Queries, Values
 from slimjax.cache import Cache, TiledCodec, codec_of
-from slimjax.cache.codecs.flashq import FlashQ, FlashQTiles
+from slimjax.cache.codecs.flashq import FlashQ, FlashQTiles, quantise
 from slimjax.cache.codecs.mixed import MixedTiles, Pair
 from slimjax.kernels.buffer import buffer_geometry, tokens_in_tiles
 from slimjax.kernels.spec import DecodeSpec
@@ -113,3 +113,40 @@ def finish(state: State, of: Question, cache: Cache, weights: DecodeWeights, spe
     for index, tile in enumerate(buffer):
         state = of.integer.take(state, of.asked, (tile,), where, spec, index * of.codec.tile, of.codec.tile)
     return answer(state, of.positions.shape[1], spec)
+
+
+def prompt_refusal(spec: DecodeSpec) -> str | None:
+    """Why no kernel of prompts in INT8 serves this spec, or None."""
+    if spec.dtype not in ("bfloat16", "float32"):
+        return f"compute dtype {spec.dtype}; it has bfloat16 and float32"
+    if not spec.causal:
+        return "attention that looks ahead"
+    if spec.position.kind not in ("none", "learned", "rope"):
+        return f"position scheme {spec.position.kind!r}, which adds to the scores"
+    return None
+
+
+def prompt_rows(
+    q: Queries, k: Keys, v: Values, length: Lengths, spec: DecodeSpec
+) -> tuple[Queries, Keys, Values]:
+    """Rotated queries, keys and values of a prompt; zeros behind its end, where anything may be."""
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32)
+    there = (positions[None] < length[:, None])[:, :, None, None]
+    q, k, v = (jnp.where(there, rows, jnp.zeros_like(rows)) for rows in (q, k, v))
+    return rotate(q, jnp.broadcast_to(positions[None], q.shape[:2]), spec.position), k, v
+
+
+def prompt_codes(
+    rows: Queries, whole: int, tile: int, *, turned: bool = False
+) -> tuple[Int8[Array, "B N ..."], Float[Array, "B N n"]]:
+    """Codes by head, [S, H] or ``turned`` [H, S], filled up to a multiple of ``whole`` tokens; and tiles' scales."""
+    batch, tokens, heads, size = rows.shape
+    padded = jnp.pad(rows, ((0, 0), (0, -tokens % whole), (0, 0), (0, 0)))
+    # By head while they are floats: XLA takes minutes to compile the same for INT8.
+    by_head = jnp.transpose(padded, (0, 2, 1, 3))
+    codes, scale = quantise(by_head.reshape(batch, heads, -1, tile, 1, size))
+    if turned:
+        columns = jnp.transpose(padded, (0, 2, 3, 1)).astype(jnp.float32)
+        marks = jnp.repeat(scale[..., 0], tile, axis=2)[:, :, None]
+        return jnp.round(columns / marks).astype(jnp.int8), scale[..., 0]
+    return codes.reshape(by_head.shape), scale[..., 0]

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from slimjax.attention.bases import basis
+from slimjax.attention.compute import compute_of
+from slimjax.attention.integer import Integer
 from slimjax.attention.positions import Position
 from slimjax.attention.projections import DecodeWeights
 from slimjax.cache import Cache, codec_of, empty
 from slimjax.kernels import pallas_gpu
+from slimjax.kernels.gpu.prompt import attend_prompt
 from slimjax.kernels.shapes import SHAPES
 from slimjax.kernels.spec import DecodeSpec
 
@@ -52,6 +55,7 @@ CASES = (
     Case(scheme="kv:flashq4", shape="llama-2-7b"),
     Case(scheme="kv:flashq4@sas", shape="llama-3-8b", tokens=2),
     Case(scheme="kv:flashq2", shape="llama-2-7b"),
+    Case(scheme="kv:flashq4", shape="phi-3-mini", tokens=2),
     Case(scheme="kv:flashq8", shape="smollm2-1.7b", tokens=8),
     Case(scheme="kv:flashq2-4@sas", shape="smollm2-1.7b"),
     Case(scheme="k2:bf16", shape="llama-2-7b", options=(PLAIN,)),
@@ -64,6 +68,11 @@ CASES = (
     Case(scheme="k2:int16+16", shape="phi-3-mini"),
     Case(scheme="k2:int16+8", shape="smollm2-1.7b"),
     Case(scheme="k2:int16+16", shape="whisper-large-self"),
+    Case(scheme="k2:flashq4/64", shape="llama-2-7b", options=(PLAIN,)),
+    Case(scheme="k2:flashq4/64", shape="llama-2-7b"),
+    Case(scheme="k2:flashq8/64", shape="phi-3-mini"),
+    Case(scheme="k2:flashq4/64", shape="whisper-large-self"),
+    Case(scheme="k2:flashq2/64", shape="smollm2-1.7b", tokens=2),
     Case(scheme="x2:bf16", shape="whisper-large-self", tokens=3),
     Case(scheme="e2:bf16", shape="t5-11b-cross"),
     Case(scheme="e2:int16", shape="whisper-large-cross"),
@@ -73,6 +82,10 @@ CASES = (
     Case(scheme="k2:bf16", shape="whisper-large-self", tokens=3),
     Case(scheme="k2:bf16", shape="whisper-large-cross"),
 )
+
+
+# Of prompts in INT8: a scheme on a shape.
+PROMPTS = (("kv:flashq4@sas", "llama-3-8b"), ("kv:flashq4", "phi-3-mini"), ("kv:flashq4@sas", "smollm2-1.7b"))
 
 
 def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -97,3 +110,19 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _decode(q: Any, cache: Any, weights: Any, start: Any, *, spec: DecodeSpec) -> Any:
     return pallas_gpu.decode(q, cache, weights, spec, start, interpret=False)
+
+
+def prompt_program(scheme: str, shape: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """``gpu.prompt.attend_prompt`` on ``BATCH`` prompts of ``CAPACITY`` tokens, and its arguments' shapes."""
+    spec = SHAPES[shape].spec(scheme, "bfloat16")
+    integer = compute_of(spec)
+    assert isinstance(integer, Integer)  # what keys and values in these tiles are multiplied in
+
+    def prompt(q: Any, k: Any, v: Any, length: Any) -> Any:
+        return attend_prompt(q, k, v, spec, length, integer, integer.tokens(spec))
+
+    rows = [
+        jax.ShapeDtypeStruct((BATCH, CAPACITY, heads, spec.head_dim), jnp.bfloat16)
+        for heads in (spec.heads, spec.kv_heads, spec.kv_heads)
+    ]
+    return prompt, (*rows, jax.ShapeDtypeStruct((BATCH,), jnp.int32))

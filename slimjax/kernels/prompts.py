@@ -2,12 +2,17 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from slimjax.attention.compute import Compute
+from slimjax.attention.compute import Compute, compute_of
 from slimjax.attention.integer import Integer
-from slimjax.axes import Queries
+from slimjax.attention.reference import geometry
+from slimjax.axes import Keys, Lengths, Queries, Values, typed
+from slimjax.kernels.gpu import mosaic, prompt as gpu_prompt
+from slimjax.kernels.gpu.grid import foreign
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tpu import flashq_prompt, prompt
 from slimjax.kernels.tpu.generations import running
@@ -18,7 +23,8 @@ Prompt = Callable[..., Queries]
 def prompt_kernel(spec: DecodeSpec, tokens: int, compute: Compute | None) -> Prompt | None:
     """A function of (q, k, v, spec, length) for T tokens in this arithmetic (None: floating point), or None.
 
-    On TPU splash attention for bfloat16, and a kernel of INT8 tiles for ``#int8``; elsewhere there is none.
+    On TPU splash attention for bfloat16, and a kernel of INT8 tiles for ``#int8``; elsewhere there is none. That for
+    Hopper has been compiled and interpreted, but run on no GPU: ``attend_prompt`` takes it by name.
     """
     if jax.default_backend() != "tpu":
         return None
@@ -32,3 +38,55 @@ def prompt_kernel(spec: DecodeSpec, tokens: int, compute: Compute | None) -> Pro
     generation = running()
     int8 = generation is None or generation.int8
     return functools.partial(flashq_prompt.attend_prompt, integer=compute, tile=tile, int8=int8)
+
+
+@typed
+def attend_prompt(
+    q: Queries, k: Keys, v: Values, spec: DecodeSpec, length: Lengths, *, implementation: str
+) -> Queries:
+    """A prompt's attention on itself in INT8 tiles, by a named implementation, which never falls back.
+
+    Args:
+        q: [B, T, N, H] before any rotation.
+        k, v: [B, T, K, H], keys rotated.
+        spec: of a scheme whose compute mode is int8.
+        length: [B], tokens of each right-padded sequence; what lies behind may be anything.
+        implementation: "reference", "pallas_tpu" or "pallas_gpu"; elsewhere than on their device these are interpreted.
+
+    Returns:
+        [B, T, N, H] in ``spec.dtype``; rows at ``length`` and behind are 0.
+
+    Raises:
+        NotImplementedError: another compute mode, or what the kernel does not serve.
+        ValueError: an unknown implementation.
+    """
+    compute, backend = compute_of(spec), jax.default_backend()
+    if not isinstance(compute, Integer):
+        raise NotImplementedError(f"scheme {spec.scheme}: its prompts are not multiplied in INT8")
+    if implementation == "reference":
+        return _reference(q, k, v, spec, length, compute)
+    tile = compute.tokens(spec)
+    call: Any
+    if implementation == "pallas_tpu":
+        generation = running() if backend == "tpu" else None
+        int8 = generation is None or generation.int8
+        call = functools.partial(flashq_prompt.attend_prompt, int8=int8, interpret=backend != "tpu")
+    elif implementation == "pallas_gpu":
+        if reason := foreign():
+            raise NotImplementedError(reason)
+        interpret = False if backend == "gpu" else mosaic.interpreter()
+        call = functools.partial(gpu_prompt.attend_prompt, interpret=interpret)
+    else:
+        raise ValueError(f"{implementation=}: expected reference, pallas_tpu or pallas_gpu")
+    return call(q, k, v, spec, length, compute, tile)
+
+
+def _reference(
+    q: Queries, k: Keys, v: Values, spec: DecodeSpec, length: Lengths, integer: Integer
+) -> Queries:
+    positions = jnp.arange(q.shape[1], dtype=jnp.int32)
+    everywhere = jnp.broadcast_to(positions[None], q.shape[:2])
+    there = everywhere < length[:, None]
+    where = geometry(everywhere, positions, length, None, spec).restrict(there[:, None, :, None])
+    q = jnp.where(there[:, :, None, None], q, jnp.zeros_like(q))
+    return integer.attend(q, k, v, where, spec)

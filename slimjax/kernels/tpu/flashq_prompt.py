@@ -8,7 +8,7 @@ with Q, K, V and P / s_p in INT8, both products in INT32 and f the factor betwee
 ``attention.integer`` computes; the choices that the paper leaves open are those of its ``Integer``. Queries lie on
 lanes, S^T [keys, queries] and O^T [H, queries], so that maxima and sums over keys need nothing across lanes.
 
-2 T^2 N H multiplications and additions, and 3 T N H + T K H bytes read and written beside the scales. Grid: (sequence,
+2 T^2 N H multiplications and additions, and 3 T N H + 2 T K H bytes read and written beside scales. Grid: (sequence,
 head, block of queries, block of keys); blocks ahead of the queries, behind the window or the end cost no copy.
 Limits: tiles of 32, 64 or 128 tokens, causal, no bias of the scores.
 """
@@ -25,10 +25,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int8
 
 from slimjax.attention.integer import Integer
-from slimjax.attention.positions import rotate
 from slimjax.attention.softmax import exponential_of
 from slimjax.axes import Keys, Lengths, Queries, Values, typed
-from slimjax.cache.codecs.flashq import LIMIT, quantise
+from slimjax.cache.codecs.flashq import LIMIT
+from slimjax.kernels import flashq
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tpu.online import LANES
 from slimjax.numerics import MASK
@@ -57,13 +57,7 @@ def refusal(spec: DecodeSpec, tile: int) -> str | None:
     """Why prompts in such tiles are not served, or None."""
     if tile not in TILES:
         return f"tiles of {tile} tokens; it has {', '.join(map(str, TILES))}"
-    if spec.dtype not in ("bfloat16", "float32"):
-        return f"compute dtype {spec.dtype}; it has bfloat16 and float32"
-    if not spec.causal:
-        return "attention that looks ahead"
-    if spec.position.kind not in ("none", "learned", "rope"):
-        return f"position scheme {spec.position.kind!r}, which adds to the scores"
-    return None
+    return flashq.prompt_refusal(spec)
 
 
 @typed
@@ -99,22 +93,18 @@ def attend_prompt(
     """
     if reason := refusal(spec, tile):
         raise NotImplementedError(f"the kernel of prompts in INT8 does not serve {reason}")
-    tokens = q.shape[1]
-    positions = jnp.arange(tokens, dtype=jnp.int32)
-    there = (positions[None] < length[:, None])[:, :, None, None]
-    q, k, v = (jnp.where(there, rows, jnp.zeros_like(rows)) for rows in (q, k, v))
-    fixed = static(spec, tokens, integer, tile, int8=int8)
-    turned = rotate(q, jnp.broadcast_to(positions[None], q.shape[:2]), spec.position)
+    fixed = static(spec, q.shape[1], integer, tile, int8=int8)
+    turned, keys, values = flashq.prompt_rows(q, k, v, length, spec)
     out = attend_codes(
         length,
         _quantised(turned, fixed.rows, fixed),
-        _quantised(k, fixed.columns, fixed),
-        _quantised(v, fixed.columns, fixed, turned=True),
+        _quantised(keys, fixed.columns, fixed),
+        _quantised(values, fixed.columns, fixed, turned=True),
         fixed,
         spec.dtype,
         interpret,
     )
-    return jnp.transpose(out, (0, 3, 1, 2))[:, :tokens]
+    return jnp.transpose(out, (0, 3, 1, 2))[:, : q.shape[1]]
 
 
 def static(spec: DecodeSpec, tokens: int, integer: Integer, tile: int, *, int8: bool) -> Static:
@@ -136,19 +126,9 @@ def static(spec: DecodeSpec, tokens: int, integer: Integer, tile: int, *, int8: 
 def _quantised(
     rows: Queries, whole: int, fixed: Static, *, turned: bool = False
 ) -> tuple[Int8[Array, "B N ..."], Float[Array, "B N 1 S"]]:
-    """Codes by head, [S, H] or ``turned`` [H, S], of as many tiles as fill blocks of ``whole`` tokens; and of every
-    token its tile's scale.
-    """
-    batch, tokens, heads, size = rows.shape
-    padded = jnp.pad(rows, ((0, 0), (0, -tokens % whole), (0, 0), (0, 0)))
-    # By head while they are floats: XLA takes minutes to compile the same for INT8.
-    by_head = jnp.transpose(padded, (0, 2, 1, 3))
-    codes, scale = quantise(by_head.reshape(batch, heads, -1, fixed.tile, 1, size))
-    if turned:
-        columns = jnp.transpose(padded, (0, 2, 3, 1)).astype(jnp.float32)
-        marks = jnp.repeat(scale[..., 0], fixed.tile, axis=2)[:, :, None]
-        return jnp.round(columns / marks).astype(jnp.int8), marks
-    return codes.reshape(by_head.shape), jnp.repeat(scale[..., 0], fixed.tile, axis=2)[:, :, None]
+    """Codes of as many tiles as fill blocks of ``whole`` tokens; and of every token its tile's scale."""
+    codes, scale = flashq.prompt_codes(rows, whole, fixed.tile, turned=turned)
+    return codes, jnp.repeat(scale, fixed.tile, axis=2)[:, :, None]
 
 
 def attend_codes(
