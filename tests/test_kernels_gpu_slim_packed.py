@@ -135,7 +135,7 @@ def test_real_shapes_are_shared(shape):
 
 
 REFUSED = [
-    ("k2:flashq2-4/64", SQUARE, "of keys alone flashq of one width"),
+    ("k2:flashq2-4/64", SQUARE, "of keys alone flashq of one"),
     ("k2:flashq3/64", SQUARE, "tiles of 3 bits have no kernel"),
     ("k2:flashq8/128", SQUARE, "tiles of 128 tokens in 8 bits .* use 32 or 64"),
     ("k2:flashq4/64+8", SQUARE, "extra coordinates beside FlashQ's tiles"),

@@ -225,8 +225,8 @@ def refusal(
     tiled = scheme.basis == "k" and keys.packing_of(spec) is not None
     if not (tiled or all(_stored(codec.stream(name), scheme.basis) for name in basis(spec).streams(spec))):
         return (
-            f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, of keys alone flashq of one width, "
-            "and of bases without values int16"
+            f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, of keys alone flashq of one "
+            "width, and of bases without values int16"
         )
     if reason := _shape_refusal(spec, tokens, capacity):
         return reason
