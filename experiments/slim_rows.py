@@ -149,7 +149,9 @@ def spec_of(cell: Cell) -> DecodeSpec:
     if cell["dtype"] == IDENTITY:
         scheme = dataclasses.replace(scheme, codec="float64")
     kind = "rope" if position == "interleaved" else position
-    sizes = {name: int(cell[name] or 0) for name in ("heads", "kv_heads", "head_dim", "width")}
+    sizes: dict[str, Any] = {
+        name: int(cell[name] or 0) for name in ("heads", "kv_heads", "head_dim", "width")
+    }
     return DecodeSpec(
         scheme=scheme,
         position=Position(kind=kind, interleaved=position == "interleaved"),

@@ -9,12 +9,13 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from experiments.directory import source_hash, write_text
-from experiments.tpu_row import Row, measure
+from experiments.tpu_row import Row, kernel_source, measure
 from slimjax.attention.bases import basis
 from slimjax.kernels import tpu_aot
 from slimjax.kernels.shapes import SHAPES
@@ -26,6 +27,7 @@ from slimjax.scheme import suggest
 RECORDS = Path(__file__).parent / "records" / "tpu_matrix.jsonl"
 BAD = ("failed", "aborted")
 PLAIN = "kv:bf16"  # what others are compared with
+OWN = MIB  # bytes; one that writes into the cache that it is given needs fewer beside it
 
 
 # Running -----------------------------------------------------------------------------------------------------
@@ -83,15 +85,21 @@ def faults(row: Row) -> list[str]:
     if row["status"] != "compiled":
         return [row["status"]] if row["status"] in BAD else []
     found, cached = [], row["cached_bytes"]
+    most = min(cached, OWN) if row["donated_bytes"] else cached
     if row["vmem_bytes"] > row["vmem_limit"]:
         found.append(f"VMEM {_mib(row['vmem_bytes'])} of {_mib(row['vmem_limit'])}")
-    if cached and row["temporary_bytes"] >= cached:
+    if cached and row["temporary_bytes"] >= most:
         found.append(f"temporary {_mib(row['temporary_bytes'])}")
     elif cached and row["copied_bytes"] >= cached and not 0 < row["donated_bytes"] <= row["aliased_bytes"]:
         found.append(f"copies {_mib(row['copied_bytes'])}")
     if row["aliased_bytes"] < row["donated_bytes"]:
         found.append(f"not in place {_mib(row['donated_bytes'] - row['aliased_bytes'])}")
     return found
+
+
+def over_floor(row: Row) -> bool:
+    """Whether the schedule of a step takes longer than its bytes from HBM: arithmetic decides, and not memory."""
+    return row["cycles"] > GENERATIONS[row["generation"]].hbm_cycles(row["step_bytes"])
 
 
 def _ordered(rows: dict[tuple[str, str, str], Row], known: Sequence[Case]) -> list[Row]:
@@ -184,7 +192,7 @@ def _pace(row: Row) -> str:
     if not row["step_bytes"]:
         return text
     floor = GENERATIONS[row["generation"]].hbm_cycles(row["step_bytes"])
-    return f"{f'**{text}**' if row['cycles'] > floor else text} / {floor / tiles:.0f}"
+    return f"{f'**{text}**' if over_floor(row) else text} / {floor / tiles:.0f}"
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:
@@ -203,12 +211,17 @@ def _mib(size: int) -> str:
 
 
 def versions_line(rows: Sequence[Row]) -> str:
-    """What made the rows, and when."""
-    made = dict.fromkeys(
-        f"{row['date']}, " + ", ".join(f"{name} {found}" for name, found in row["versions"].items())
-        for row in rows
-    )
-    return f"Compiled without a TPU: {'; '.join(made)}."
+    """What made the rows, when, and how many of which source; those from before sources were noted tell none."""
+
+    def said(row: Row) -> str:
+        versions = "".join(f", {name} {found}" for name, found in row["versions"].items())
+        return row["date"] + versions + (f", source {row['source']}" if "source" in row else "")
+
+    def counted(text: str, many: int) -> str:
+        return f"{text} ({many} of {len(rows)} rows)" if "source" in text else text
+
+    made = Counter(map(said, rows))
+    return f"Compiled without a TPU: {'; '.join(counted(*each) for each in made.items())}."
 
 
 def rendered(path: Path, name: str) -> str:
@@ -260,6 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # for the process that the others are forked from
     rows = run(asked, generations, options.out, cycles=options.cycles, known=cases())
     print("\n".join(filter(None, ("", table(rows), cycles_table(rows), versions_line(rows)))))
+    present = sum(row.get("source") == kernel_source() for row in rows)
+    print(f"{present} of {len(rows)} rows are of the present source, {kernel_source()}.")
     return 1 if any(faults(row) for row in rows) else 0
 
 

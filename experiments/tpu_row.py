@@ -1,5 +1,8 @@
 """One case of the TPU matrix for one generation: a row, whatever becomes of the process that compiles it."""
 
+import ast
+import functools
+import hashlib
 import multiprocessing
 import os
 import re
@@ -12,10 +15,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import slimjax
 from slimjax.kernels import tpu_aot
 from slimjax.kernels.tpu_cases import Case, Program
 
 Row = dict[str, Any]
+# What schedules and temporaries depend on, in slimjax/.
+SOURCES = ("kernels/tpu/*.py", "kernels/tiles.py", "kernels/pallas_tpu.py", "cache/layout.py")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 LIMIT = 600.0  # seconds a program may take
 REASON = 400  # characters of a reason that are kept
 # Imported once, by the process that all others are forked from. None of it starts a backend.
@@ -37,8 +44,22 @@ def measure(case: Case, generation: str, *, cycles: bool = False, limit: float =
         **result,
         "seconds": round(time.monotonic() - began, 2),
         "versions": tpu_aot.versions(),
+        "source": kernel_source(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+@functools.cache
+def kernel_source() -> str:
+    """sha256 (12 hex) of what the kernels' modules do, whatever their comments and docstrings say."""
+    folder, total = Path(slimjax.__file__).parent, hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern)):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        total.update(f"{path.relative_to(folder).as_posix()}\0{ast.unparse(tree)}\0".encode())
+    return total.hexdigest()[:12]
 
 
 def _in_process(case: Case, generation: str, cycles: bool, limit: float, folder: Path) -> Row:

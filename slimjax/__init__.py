@@ -5,7 +5,8 @@ from slimjax.attention.layer import CachedAttention, attend_cached, attend_full,
 from slimjax.attention.positions import Position
 from slimjax.attention.projections import DecodeWeights, Projections
 from slimjax.cache import Cache, Codec, codec
-from slimjax.kernels.api import decode
+from slimjax.kernels.api import decode, decode_part
+from slimjax.kernels.combine import combine
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import Scheme, parse_scheme, parse_schemes
 from slimjax.solve import Converted, Figures, convert
@@ -27,9 +28,11 @@ __all__ = [
     "attend_filled",
     "attend_full",
     "codec",
+    "combine",
     "convert",
     "cross_full",
     "decode",
+    "decode_part",
     "fill",
     "init_cache",
     "parse_scheme",

@@ -20,6 +20,7 @@ Keys = Float[Array, "B S K H"]
 Values = Float[Array, "B S K H"]
 Scores = Float[Array, "B N T S"]
 Inputs = Float[Array, "B T D"]
+LogSums = Float[Array, "B T N"]  # of softmax: the logarithm of a query's sum of exponentials
 Lengths = Int[Array, "B"]
 Tokens = Int[Array, "B T"]
 # Decoded rows of some consecutive slots of every stream of a cache, each [B, S, heads, size].

@@ -14,7 +14,7 @@ import oracle
 import slimjax
 from slimjax.attention.layer import attend_cached, init_cache, prefill
 from slimjax.cache import CODECS, append, codec, empty, read
-from slimjax.cache.layout import LaidOut
+from slimjax.cache.layout import LaidOut, _one_by_one, _scattered
 from slimjax.solve import convert
 
 STORED = ("float32", "bf16", "fp16", "int16", "int8")
@@ -223,3 +223,16 @@ def test_a_nan_is_seen_in_a_large_array_too(name):
     x[0, 70, 0, 5] = np.nan
     made = codec(name)
     assert np.isnan(np.asarray(made.decode(made.encode(jnp.asarray(x))))[0, 70, 0]).any()
+
+
+@pytest.mark.parametrize("capacity", [5, 128, 300])  # less than lanes, lanes, and some beside whole lanes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int16"])
+def test_a_token_is_written_for_a_tpu_as_elsewhere(capacity, dtype):
+    """Into the columns of what has tokens last; a slot that does not exist is not written."""
+    places = [0, 1, capacity - 2, capacity - 1, capacity, capacity + 1, 2 * capacity]
+    slots = jnp.asarray(places, jnp.int32)[:, None]
+    leaf, fresh = (jnp.asarray(9 * rows((7, *size)), dtype) for size in ((3, capacity), (1, 3)))
+    wanted = _scattered(leaf, fresh, slots)
+    np.testing.assert_array_equal(_one_by_one(leaf, fresh, slots), wanted)
+    np.testing.assert_array_equal(wanted[4:], leaf[4:])
+    assert np.all(np.any(np.asarray(wanted[:4] != leaf[:4]), axis=(1, 2)))

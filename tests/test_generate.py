@@ -1,5 +1,7 @@
 """Generation: the same tokens as one step at a time, the right distributions, and no needless compilation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,20 @@ def test_a_lossy_cache_is_followed_step_by_step():
     np.testing.assert_array_equal(got, np.stack(by_hand, axis=1))
     exact = generate(model, start, layers=convert_model(model, "kv:float32")[0], max_new_tokens=6)
     assert not np.array_equal(got, exact)  # or the cache was not in the way
+
+
+def test_layers_take_the_implementation_that_they_are_made_with():
+    """The kernel made for TPUs, interpreted; what it refuses is not done by another."""
+    model = DecoderLM(dataclasses.replace(CONFIG, width=64, heads=4), rngs=nnx.Rngs(1))
+    model.unembedding[...] = 50 * model.unembedding[...]
+    texts = []
+    for implementation in (None, "pallas_tpu"):
+        layers, _ = convert_model(model, "k2:bf16", implementation=implementation)
+        texts.append(generate(model, prompts(1, 5), layers=layers, max_new_tokens=3))
+    np.testing.assert_array_equal(*texts)
+    refused, _ = convert_model(model, "kv:kivi4", implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError, match="kivi"):
+        generate(model, prompts(1, 5), layers=refused, max_new_tokens=3)
 
 
 def test_ragged_prompts_are_what_they_are_alone(model):

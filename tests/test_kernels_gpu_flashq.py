@@ -32,6 +32,7 @@ CASES = [
     Case("kv:flashq4/64", (4, 2, 128), "rope", 2, splits=2, lengths=FEW),
     Case("kv:flashq8/64", (2, 1, 64), "rope", 3, lengths=FEW),
     Case("kv:flashq2/64", (2, 2, 64), lengths=FEW),
+    Case("kv:flashq2/64", (4, 1, 128), tokens=3, lengths=FEW),  # in two calls: 12 rows have no room
     Case("kv:flashq4/64", (2, 1, 96), "rope", 2, lengths=FEW),
     Case("kv:flashq4/32", (2, 2, 64), options=(("window", 100), ("softcap", 4.0)), lengths=FEW),
     Case("kv:flashq2-4/64@sas", (4, 2, 64), "rope", lengths=FEW),
@@ -126,11 +127,11 @@ REFUSED = [
     ({"scheme": "kv:flashq4/64#float"}, "compute mode float of FlashQ's tiles has no kernel"),
     ({"scheme": "kv:flashq4/64@sas(0)"}, "it has exact, and SAS with a cut"),
     ({"layout": (2, 2, 80)}, "head_dim=80 has no kernel for GPUs; it has 64, 96, 128"),
-    ({"layout": (8, 1, 64), "tokens": 9}, "9 query tokens of 8 heads a key head are more than 64 rows"),
     (
-        {"scheme": "kv:flashq2/64", "layout": (2, 2, 128), "tokens": 9},
-        "9 query tokens of 1 heads .* shared memory",
+        {"layout": (8, 1, 64), "tokens": 129},
+        "129 query tokens are more than 16 calls of 8; decode at most 128 at a time",
     ),
+    ({"scheme": "kv:flashq2/64", "layout": (16, 1, 128)}, "16 query heads a key head .* shared memory"),
     ({"position": "alibi"}, "position scheme 'alibi' has no kernel"),
 ]
 

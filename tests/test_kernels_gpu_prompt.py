@@ -16,7 +16,8 @@ from threaded import alone, run_threaded, threaded
 
 import oracle
 from slimjax import Position
-from slimjax.kernels import gpu_aot, gpu_cases
+from slimjax.attention.compute import compute_of
+from slimjax.kernels import gpu_aot, gpu_cases, prompts
 from slimjax.kernels.gpu import mosaic, prompt
 from slimjax.numerics import relative_l2
 
@@ -113,6 +114,15 @@ def test_in_a_process_of_enough_threads(request):
         "test_a_reader_that_does_not_wait_is_seen_to_race",
     ]
     run_threaded(request, names, len(CASES) + 3)
+
+
+def test_a_layer_takes_it_where_its_spec_names_it():
+    spec = dataclasses.replace(CASES[0], implementation="pallas_gpu")
+    found = prompts.prompt_kernel(spec, TOKENS, compute_of(spec))
+    assert isinstance(found, functools.partial)
+    assert found.keywords == {"implementation": "pallas_gpu"}
+    assert prompts.prompt_kernel(CASES[0], TOKENS, compute_of(spec)) is None
+    assert prompts.prompt_kernel(spec, TOKENS, None) is None  # in floating point there is none
 
 
 @pytest.mark.parametrize(

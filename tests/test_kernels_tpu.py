@@ -18,8 +18,7 @@ from slimjax.attention.layer import attend_cached, init_cache
 from slimjax.cache import append, codec_of, empty, read
 from slimjax.kernels import api, pallas_tpu, reference
 from slimjax.kernels.shapes import SHAPES
-from slimjax.kernels.tiles import Memory, Tiles, choose
-from slimjax.kernels.tpu.generations import GENERATIONS
+from slimjax.kernels.tiles import Tiles
 from slimjax.numerics import relative_l2
 from slimjax.solve import convert
 
@@ -31,6 +30,7 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2}
 
 TINY = (4, 4, 16, 64)  # N, K, H, D
 GQA = (4, 2, 16, 64)
+FEW = (0, BLOCK + 1, CAPACITY)
 ODD = (3, 3, 24, 72)
 # Two cores, which share the parallel axes of a grid out: races are between them.
 HOSTILE = pltpu.InterpretParams(
@@ -85,6 +85,9 @@ CASES = [
     Case("k2:int16+8", TINY, "rope"),
     Case("k2:int16+8", ODD, "rope", "float32", 2, windowed(20), splits=2),
     Case("k2:bf16", TINY, "none", "float32", 1, (("softcap", 3.0),), k_bias=True),
+    Case("k2:int16", TINY, "alibi", "float32", 2, k_bias=True),
+    Case("k2:int16+8", k_bias=True),
+    Case("k2:bf16", k_bias=True),
     Case("x2:bf16", GQA, "alibi", "float32", 2),
     Case("x2:int16", GQA, dtype="float32"),
     Case("x2:bf16", GQA),
@@ -93,6 +96,17 @@ CASES = [
     Case("x2:bf16", GQA, "kerple", "float32", 2, splits=2),
     Case("e2:bf16", GQA, "none", "float32", 3, (("causal", False),)),
     Case("e2:bf16", TINY, "none", "bfloat16", 1, (("causal", False),)),
+    Case("h2:bf16", TINY, "none", "float32", 2, (("causal", False),)),
+    Case("h2:int16", TINY, options=(("causal", False),), splits=2),
+    Case("x2:int8", GQA, dtype="float32", tokens=2),
+    Case("k2:fp8(scale=token)", dtype="float32"),
+    # Heads that are no power of two, whose columns no lanes divide, and one that is wider than lanes.
+    Case("kv:bf16", (2, 2, 48, 96), "rope", "float32", lengths=FEW),
+    Case("k2:int16", (2, 2, 48, 96), "rope", lengths=FEW),
+    Case("kv:int8", (4, 2, 80, 320), dtype="float32", lengths=FEW),
+    Case("k2:bf16", (2, 2, 80, 160), "rope", "float32", lengths=FEW),
+    Case("kv:int16", (2, 1, 256, 512), "rope", lengths=FEW),
+    Case("k2:bf16", (2, 2, 256, 512), "rope", "float32", lengths=FEW),
 ]
 SHORT = (5, 40)
 REAL = [
@@ -286,7 +300,7 @@ def test_on_a_tpu_a_layer_takes_it_unless_it_refuses(monkeypatch):
     taken = []
 
     def kernel(*args):
-        out = pallas_tpu.decode(*args, interpret=True)
+        out = pallas_tpu.decode_part(*args, interpret=True)
         taken.append(args[3].scheme)
         return out
 
@@ -314,7 +328,10 @@ REFUSED = [
     (Case("kv:bf16#int8"), "compute mode int8 has no kernel"),
     (Case("kv:bf16", dtype="float16"), "float16 is none of a TPU's"),
     (Case("k2:int8"), "one scale for all heads"),
+    (Case("k2:fp8"), "one scale for all heads"),
     (Case("kv:fp8(scale=0.1)"), "known scale"),
+    (Case("k2:int16", position="rope", k_bias=True), "key bias beside scaled keys"),
+    (Case("k2:int16", options=(("softcap", 3.0),), k_bias=True), "key bias beside scaled keys"),
 ]
 
 
@@ -323,35 +340,6 @@ def test_what_it_does_not_serve_it_refuses_with_the_reason(case, reason):
     q, cache, weights, spec = made(dataclasses.replace(case, lengths=(4,)))
     with pytest.raises(NotImplementedError, match=reason):
         decode(q, cache, weights, spec, implementation="pallas_tpu")
-
-
-def test_tiles_are_those_asked_for_or_as_much_as_fits():
-    memory = Memory(fixed=1000, token=100)
-    assert choose(4096, memory).block == 1024
-    assert choose(100, memory).block == 112  # whole sublanes
-    assert choose(4096, memory, vmem=4 * (1000 + 100 * 300) // 3) == Tiles(block=256, vmem=41333)
-    assert choose(4096, memory, tiles=Tiles(block=64, splits=2)) == Tiles(block=64, splits=2)
-    assert choose(4096, memory, splits=2) == Tiles(block=1024, splits=2)
-    assert choose(100, memory, splits=2).splits == 1
-    with pytest.raises(NotImplementedError, match="128 tokens take 13,800 bytes"):
-        choose(4096, memory, vmem=2000)
-    with pytest.raises(NotImplementedError, match=r"64 tokens take 7,400 bytes .*, more than 1,500"):
-        choose(4096, memory, tiles=Tiles(block=64, vmem=2000))
-    for wrong in ({"block": 8}, {"block": 40}, {"block": 32, "splits": 0}):
-        with pytest.raises(ValueError, match=r"tile has|one part"):
-            Tiles(**wrong)
-
-
-def test_one_sequence_is_cut_for_the_cores_of_a_device():
-    *_, weights, spec = made(Case("kv:bf16", lengths=(1,)))
-
-    def parts(name, batch):
-        cache = empty(basis(spec).streams(spec), codec_of(spec.scheme), batch=batch, capacity=4096)
-        q = jnp.zeros((batch, 1, spec.heads, spec.head_dim))
-        return pallas_tpu.tiles_of(q, cache, weights, spec, GENERATIONS[name]).splits
-
-    for name, one in (("v4", 2), ("v5p", 2), ("v5e", 1), ("v7x", 1)):
-        assert (parts(name, 1), parts(name, 2)) == (one, 1), name
 
 
 def test_a_planted_race_is_seen():

@@ -32,6 +32,7 @@ CASES = [
     Case("k:flashq4(extra=int8)/32+8", SQUARE, dtype="float32", lengths=FEW),
     Case("k:flashq4/32", SQUARE, "alibi", "float32", 8, (("window", 100), ("softcap", 4.0)), lengths=FEW),
     Case("k:flashq4/32", SQUARE, "rope", "float32", k_bias=True, lengths=FEW),
+    Case("k:flashq4/32", SQUARE, "none", "float32", k_bias=True, lengths=FEW),
     Case("k:flashq4/32", SQUARE, "t5", "float32", 2, lengths=FEW),
     Case("k:flashq4/32", SQUARE, "fire", "float32", lengths=FEW),  # which looks at more than the distance
     Case("k:flashq4/32", SQUARE, dtype="float32", options=(("causal", False),), lengths=FEW),

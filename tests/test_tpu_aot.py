@@ -12,7 +12,7 @@ import jax
 import pytest
 import tpu_toys as toys
 
-from experiments import readme, tpu_matrix
+from experiments import readme, tpu_matrix, tpu_row
 from experiments.tpu_row import _last_words, measure
 from slimjax.kernels import tpu_aot
 from slimjax.kernels.tpu.generations import GENERATIONS, MIB, running
@@ -158,6 +158,9 @@ def test_faults():
     assert tpu_matrix.faults(row(temporary_bytes=256 * MIB, copied_bytes=256 * MIB)) == ["temporary 256"]
     assert tpu_matrix.faults(row(copied_bytes=256 * MIB)) == ["copies 256"]
     assert tpu_matrix.faults(row(donated_bytes=3 * MIB, aliased_bytes=MIB)) == ["not in place 2"]
+    given = row(donated_bytes=MIB, aliased_bytes=MIB, temporary_bytes=32 * MIB)
+    assert tpu_matrix.faults(given) == ["temporary 32"]
+    assert tpu_matrix.faults(given | {"donated_bytes": 0}) == []  # far from a copy of the cache
     assert tpu_matrix.faults(row(vmem_bytes=17 * MIB)) == ["VMEM 17 of 16"]
 
 
@@ -183,7 +186,26 @@ def test_the_tables():
     ]
     assert tpu_matrix.cycles_table(rows[1:2]) == ""
     assert tpu_matrix.expected_table(rows[1:2]) == ""
-    assert tpu_matrix.versions_line(rows) == "Compiled without a TPU: 2026-11-22, jax 1.2, libtpu 0.3."
+    made = "Compiled without a TPU: 2026-11-22, jax 1.2, libtpu 0.3"
+    assert tpu_matrix.versions_line(rows) == f"{made}."
+    rows = [*rows, *(row(source="0123abcd") for _ in range(2))]
+    wanted = f"{made}; 2026-11-22, jax 1.2, libtpu 0.3, source 0123abcd (2 of 6 rows)."
+    assert tpu_matrix.versions_line(rows) == wanted
+
+
+def test_the_source_of_rows_is_what_modules_do(tmp_path, monkeypatch):
+    """Comments and docstrings may change, and nothing else."""
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    monkeypatch.setattr(tpu_row.slimjax, "__file__", str(tmp_path / "__init__.py"))
+
+    def hashed(text):
+        (folder / "tiles.py").write_text(text)
+        return tpu_row.kernel_source.__wrapped__()
+
+    first = hashed('"""Short."""\n\n\ndef f(x):\n    """Doc."""\n    return x + 1\n')
+    assert hashed('"""Longer."""\n\ndef f(x):\n    # why\n    return x + 1\n') == first
+    assert hashed("def f(x):\n    return x + 2\n") != first
 
 
 def test_what_a_tpu_is_to_show():

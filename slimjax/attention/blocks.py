@@ -13,12 +13,14 @@ from jaxtyping import Array, Int
 
 from slimjax.attention.bases import basis
 from slimjax.attention.projections import DecodeWeights
-from slimjax.attention.reference import Geometry, weights as score_weights
-from slimjax.axes import Block, Lengths, Queries, Scores, typed
+from slimjax.attention.reference import Geometry, log_sums, weights as score_weights
+from slimjax.axes import Block, Lengths, LogSums, Queries, Scores, typed
 from slimjax.cache import Cache, Codec, TiledCodec, codec_of, in_tiles, read, read_at, read_both
 from slimjax.kernels.spec import DecodeSpec
 
 Carry = TypeVar("Carry")
+Found = TypeVar("Found")
+Part = tuple[Queries, LogSums | None]  # of a softmax that is not exact there are no log-sums
 
 # Decoded rows of ``size`` slots from ``start`` on.
 Held = Callable[[Int[Array, ""] | int, int], Block]
@@ -27,8 +29,8 @@ SLOTS = 1024  # of a block, about; a cache that has no more is one block
 
 
 @typed
-def decode(q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec) -> Queries:
-    """Attention of unrotated queries on a cache; output in ``spec.dtype``."""
+def decode(q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec) -> Part:
+    """Attention of unrotated queries on a cache, output in ``spec.dtype``; and log-sums."""
     method, codec = basis(spec), codec_of(spec.scheme)
     ready = method.queries(q.astype(spec.dtype), where.query_positions, weights, spec)
     unit = codec.span if isinstance(codec, TiledCodec) else 1
@@ -43,10 +45,9 @@ def decode(q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, sp
 
     if size == cache.capacity:
         rows = read(cache, codec, spec.accumulation)
-        p = score_weights(method.scores(ready, rows, positions, weights, spec), where, spec)
-        return method.finish(method.weigh(p, rows, positions, weights, spec), weights, spec).astype(
-            spec.dtype
-        )
+        raw = method.scores(ready, rows, positions, weights, spec)
+        p = score_weights(raw, where, spec)
+        return _part(method.weigh(p, rows, positions, weights, spec), raw, where, weights, spec)
     raw = each(
         cache.capacity, size, lambda start, count: method.scores(ready, *block(start, count), weights, spec)
     )
@@ -56,12 +57,18 @@ def decode(q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, sp
         part = jax.lax.dynamic_slice_in_dim(p, start, count, axis=3)
         return method.weigh(part, *block(start, count), weights, spec)
 
-    return method.finish(total(cache.capacity, size, weigh), weights, spec).astype(spec.dtype)
+    return _part(total(cache.capacity, size, weigh), raw, where, weights, spec)
+
+
+def _part(mixed: Array, raw: Scores, where: Geometry, weights: DecodeWeights, spec: DecodeSpec) -> Part:
+    """What was mixed, finished; log-sums cost nothing under jit where nobody takes them."""
+    known = log_sums(raw, where, spec) if spec.scheme.softmax == "exact" else None
+    return basis(spec).finish(mixed, weights, spec).astype(spec.dtype), known
 
 
 def _decode_recent(
     ready: Any, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec, size: int
-) -> Queries:
+) -> Part:
     """Queries of tokens just appended: each finds in tiles what was in tiles when it came, the rest as buffered.
 
     Every block is scored and weighed both ways, and each query keeps of each key the way that was its own.
@@ -81,7 +88,8 @@ def _decode_recent(
         )
         return jnp.where(part(done, start, count), old, held)
 
-    p = score_weights(each(cache.capacity, size, scores), where, spec)
+    raw = each(cache.capacity, size, scores)
+    p = score_weights(raw, where, spec)
     zero = jnp.zeros_like(p)
 
     def weigh(start: Int[Array, ""] | int, count: int) -> Array:
@@ -93,7 +101,7 @@ def _decode_recent(
         )
         return old + held
 
-    return method.finish(total(cache.capacity, size, weigh), weights, spec).astype(spec.dtype)
+    return _part(total(cache.capacity, size, weigh), raw, where, weights, spec)
 
 
 def as_held(
@@ -101,8 +109,8 @@ def as_held(
     cache: Cache,
     codec: Codec,
     where: Geometry,
-    meet: Callable[[Queries, Held, Geometry], Queries],
-) -> Queries:
+    meet: Callable[[Queries, Held, Geometry], Found],
+) -> Found:
     """Attention in which keys share a scale, and so must be taken together as they were when a query came.
 
     Queries of tokens just appended (``cache.recent``) meet them one after the other, each the tokens up to its own.
@@ -119,12 +127,13 @@ def as_held(
     if cache.recent is None:
         return meet(q, held(None), where)
 
-    def one(index: Int[Array, ""]) -> Queries:
+    def one(index: Int[Array, ""]) -> Found:
         here = where.query(index)
         at = jnp.minimum(here.query_positions[:, 0] + 1, cache.length)
         return meet(jax.lax.dynamic_slice_in_dim(q, index, 1, axis=1), held(at), here)
 
-    return jnp.swapaxes(jax.lax.map(one, jnp.arange(q.shape[1], dtype=jnp.int32))[:, :, 0], 0, 1)
+    found = jax.lax.map(one, jnp.arange(q.shape[1], dtype=jnp.int32))
+    return jax.tree.map(lambda each: jnp.swapaxes(each[:, :, 0], 0, 1), found)
 
 
 def each(slots: int, size: int, scores: Callable[[Int[Array, ""] | int, int], Scores]) -> Scores:

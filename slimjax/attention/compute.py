@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from slimjax.attention import blocks
+from slimjax.attention.blocks import Part
 from slimjax.attention.integer import Integer
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.reference import Geometry, attend
@@ -26,8 +27,8 @@ class Compute(Protocol):
 
     def decode(
         self, q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec
-    ) -> Queries:
-        """Attention of unrotated queries on a cache, in ``spec.dtype``."""
+    ) -> Part:
+        """Attention of unrotated queries on a cache, in ``spec.dtype``; and log-sums where they are known."""
         ...
 
     def attend(self, q: Queries, k: Keys, v: Values, where: Geometry, spec: DecodeSpec) -> Queries:

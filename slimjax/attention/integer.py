@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Int8 as Int8Of
 
-from slimjax.attention.blocks import Held, as_held, fold
+from slimjax.attention.blocks import Held, Part, as_held, fold
 from slimjax.attention.integer_tiles import Tile, Tiles, stored_tiles, tile_of
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights
@@ -87,8 +87,11 @@ class Integer:
 
     def decode(
         self, q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec
-    ) -> Queries:
-        """Attention of unrotated queries on a kv cache; output in ``spec.dtype``. Every query is a tile of its own."""
+    ) -> Part:
+        """Attention of unrotated queries on a kv cache, output in ``spec.dtype``; and log-sums.
+
+        Every query is a tile of its own.
+        """
         codec = codec_of(spec.scheme)
         where = where.without_padding(cache.length, spec)
         if isinstance(codec, TiledCodec) and codec.integral:
@@ -96,7 +99,7 @@ class Integer:
             return self._attend(q, tiles, cache.capacity, codec.tile, 1, where, spec)
         size = codec.span if isinstance(codec, TiledCodec) else self.tokens(spec)
 
-        def meet(q: Queries, held: Held, where: Geometry) -> Queries:
+        def meet(q: Queries, held: Held, where: Geometry) -> Part:
             def tiles(start: Int[Array, ""] | int, count: int) -> tuple[Tile, ...]:
                 rows = held(start, count)
                 return (tile_of(rows["k"], rows["v"]),)
@@ -117,7 +120,7 @@ class Integer:
             return (tile_of(first, second),)
 
         size = self.tokens(spec)
-        return self._attend(q, tiles, k.shape[1], size, size, where, spec)
+        return self._attend(q, tiles, k.shape[1], size, size, where, spec)[0]
 
     def tokens(self, spec: DecodeSpec) -> int:
         """Tokens of a tile: as chosen, or the codec's own."""
@@ -126,7 +129,7 @@ class Integer:
 
     def _attend(
         self, q: Queries, tiles: Tiles, slots: int, size: int, rows: int, where: Geometry, spec: DecodeSpec
-    ) -> Queries:
+    ) -> Part:
         """Tiles of ``size`` slots and of at most ``rows`` queries."""
         asked = ask(rotate(where.seeing(q), where.query_positions, spec.position), spec, rows)
 
@@ -224,12 +227,19 @@ def begin(asked: Asked) -> State:
     )
 
 
-def answer(state: State, tokens: int, spec: DecodeSpec) -> Queries:
-    """What was taken, divided by its denominators, for the first ``tokens`` queries; in ``spec.dtype``."""
-    out = state.out / jnp.where(state.total == 0, jnp.ones_like(state.total), state.total)
-    batch, kv_heads, group, count, rows, width = out.shape
-    out = out.reshape(batch, kv_heads * group, count * rows, width)[:, :, :tokens]
-    return jnp.swapaxes(out, 1, 2).astype(spec.dtype)
+def answer(state: State, tokens: int, spec: DecodeSpec) -> Part:
+    """What was taken over its denominators, for the first ``tokens`` queries, in ``spec.dtype``; and log-sums."""
+    some = jnp.where(state.total == 0, jnp.ones_like(state.total), state.total)
+
+    def by_token(found: Float[Array, "B K G Q T A"]) -> Float[Array, "B t N A"]:
+        batch, kv_heads, group, count, rows, width = found.shape
+        found = found.reshape(batch, kv_heads * group, count * rows, width)[:, :, :tokens]
+        return jnp.swapaxes(found, 1, 2)
+
+    out = by_token(state.out / some).astype(spec.dtype)
+    if spec.scheme.softmax != "exact":
+        return out, None
+    return out, by_token(jnp.where(state.total == 0, MASK, state.peak + jnp.log(some)))[..., 0]
 
 
 def _masked(

@@ -13,9 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from slimjax.attention import masks, positions
 from slimjax.attention.positions import BiasParameters, rotate, scores_of_one
 from slimjax.attention.softmax import softmax_of
-from slimjax.axes import Keys, Lengths, Queries, Scores, Values, typed
+from slimjax.axes import Keys, Lengths, LogSums, Queries, Scores, Values, typed
 from slimjax.kernels.spec import DecodeSpec
-from slimjax.numerics import einsum
+from slimjax.numerics import MASK, einsum
 from slimjax.pytree import pytree
 
 SMALLEST_BLOCK = 64  # queries; shorter ones cost more in the number of products than they spare
@@ -120,6 +120,15 @@ def weights(raw: Scores, where: Geometry, spec: DecodeSpec) -> Scores:
     """Scores to weights P: scale, softcap, position bias, softmax; rounded to the compute dtype."""
     value = scaled(raw, where, spec)
     return softmax_of(spec.scheme.softmax)(value, where.mask).astype(spec.dtype)
+
+
+@typed
+def log_sums(raw: Scores, where: Geometry, spec: DecodeSpec) -> LogSums:
+    """Logarithms of the sums of exponentials that an exact softmax divides by; ``MASK`` of a query that sees no key."""
+    value = jnp.where(where.mask, scaled(raw, where, spec), MASK)
+    peak = jnp.max(value, axis=-1)
+    total = jnp.sum(jnp.where(where.mask, jnp.exp(value - peak[..., None]), 0.0), axis=-1)
+    return jnp.moveaxis(jnp.where(total > 0, peak + jnp.log(jnp.where(total > 0, total, 1.0)), MASK), 1, 2)
 
 
 @typed

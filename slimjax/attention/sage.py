@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from slimjax.attention.blocks import Held, as_held, each, fold, total
+from slimjax.attention.blocks import Held, Part, as_held, each, fold, total
 from slimjax.attention.positions import rotate
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.reference import Geometry, scores as head_scores, weigh, weights as score_weights
@@ -48,8 +48,8 @@ class Sage:
 
     def decode(
         self, q: Queries, cache: Cache, where: Geometry, weights: DecodeWeights, spec: DecodeSpec
-    ) -> Queries:
-        """Attention of unrotated queries on a kv cache; output in ``spec.dtype``."""
+    ) -> Part:
+        """Attention of unrotated queries on a kv cache, output in ``spec.dtype``; log-sums are not known."""
         codec = codec_of(spec.scheme)
         where = where.without_padding(cache.length, spec)
 
@@ -58,7 +58,7 @@ class Sage:
         def meet(q: Queries, held: Held, where: Geometry) -> Queries:
             return self._attend(q, held, cache.capacity, size, where, spec)
 
-        return as_held(q, cache, codec, where, meet)
+        return as_held(q, cache, codec, where, meet), None
 
     def attend(self, q: Queries, k: Keys, v: Values, where: Geometry, spec: DecodeSpec) -> Queries:
         """Attention of unrotated queries on rotated keys and on values; in ``spec.dtype``."""

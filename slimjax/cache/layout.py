@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Num
 
 from slimjax.pytree import pytree, static
 
@@ -50,8 +50,11 @@ class LaidOut:
 
         def write(leaf: Array, fresh: Array, last: bool) -> Array:
             flat = fresh.reshape(*fresh.shape[:2], -1)
-            place = leaf.at[sequence, :, slots] if last else leaf.at[sequence, slots]
-            return place.set(flat, mode="drop", unique_indices=False)
+            if not last:
+                return leaf.at[sequence, slots].set(flat, mode="drop", unique_indices=False)
+            if slots.shape[1] > 1:
+                return _scattered(leaf, flat, slots)
+            return jax.lax.platform_dependent(leaf, flat, slots, tpu=_one_by_one, default=_scattered)
 
         fresh = jax.tree.leaves(codes)
         return dataclasses.replace(self, leaves=tuple(map(write, self.leaves, fresh, self.tokens_last)))
@@ -69,6 +72,35 @@ def empty_like(codes: Any, *, few: bool = False) -> LaidOut:
 
     leaves = tuple(map(zeros, shapes, rows, last))
     return LaidOut(leaves=leaves, rows=rows, tokens_last=last, structure=structure)
+
+
+def _scattered(
+    leaf: Num[Array, "B W C"], fresh: Num[Array, "B T W"], slots: Int[Array, "B T"]
+) -> Num[Array, "B W C"]:
+    sequence = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    return leaf.at[sequence, :, slots].set(fresh, mode="drop", unique_indices=False)
+
+
+def _one_by_one(
+    leaf: Num[Array, "B W C"], fresh: Num[Array, "B 1 W"], slots: Int[Array, "B 1"]
+) -> Num[Array, "B W C"]:
+    """The same of one token each, by whole lanes of each sequence.
+
+    A scatter of single columns, and a loop that writes them, XLA for TPU gives the whole leaf another layout for, in
+    which lanes are filled up, and turns it back. A slot that does not exist is in no lane.
+    """
+    width = min(LANES, leaf.shape[2])
+    start = jnp.minimum(slots // width * width, leaf.shape[2] - width)
+
+    def step(b: Array, leaf: Array) -> Array:
+        at, row = start[b, 0], jax.lax.dynamic_slice_in_dim(fresh, b, 1)
+        corner = (b.astype(at.dtype), jnp.zeros_like(at), at)
+        here = at + jnp.arange(width, dtype=slots.dtype) == slots[b, 0]
+        held = jax.lax.dynamic_slice(leaf, corner, (1, leaf.shape[1], width))
+        new = jnp.where(here, jnp.swapaxes(row, 1, 2).astype(leaf.dtype), held)
+        return jax.lax.dynamic_update_slice(leaf, new, corner)
+
+    return jax.lax.fori_loop(0, len(leaf), step, leaf)
 
 
 def _slots(leaf: Array, start: Int[Array, ""] | int, size: int, axis: int) -> Array:

@@ -1,21 +1,23 @@
-"""The one public decode call and the choice of what executes it."""
+"""The public decode calls and the choice of what executes them."""
 
 from collections.abc import Callable
 
 import jax
 
 from slimjax.attention.bases import basis
+from slimjax.attention.blocks import Part
+from slimjax.attention.compute import compute_text
 from slimjax.attention.projections import DecodeWeights
-from slimjax.axes import Lengths, Queries, typed
+from slimjax.axes import Lengths, LogSums, Queries, typed
 from slimjax.cache import Cache, codec_of, empty
 from slimjax.kernels import pallas_gpu, pallas_tpu, reference
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import suggest
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "reference": reference.decode,
-    "pallas_tpu": pallas_tpu.decode,
-    "pallas_gpu": pallas_gpu.decode,
+IMPLEMENTATIONS: dict[str, Callable[..., Part]] = {
+    "reference": reference.decode_part,
+    "pallas_tpu": pallas_tpu.decode_part,
+    "pallas_gpu": pallas_gpu.decode_part,
 }
 
 # What ``implementation=None`` tries, in this order, by jax backend.
@@ -49,7 +51,8 @@ def decode(
         weights: the layer's arrays that stand in for what the basis does not cache.
         spec: static; scheme, head layout, position scheme, compute dtype.
         implementation: "reference" (any backend); "pallas_tpu", "pallas_gpu" (elsewhere than on a TPU or a GPU they
-            are interpreted, which is slow); None tries the ones for the running backend in order.
+            are interpreted, which is slow); None: the spec's own, and if that is None, too, the ones for the running
+            backend in order.
         start: [B], absolute position of each sequence's first query; None: the last T tokens of each,
             ``cache.length - T``.
 
@@ -63,6 +66,64 @@ def decode(
             refuses; with the reasons.
         RuntimeError: "pallas_gpu" interpreted by a process of fewer threads than its warpgroups wait in (``NPROC``).
     """
+    return _attend(q, cache, weights, spec, implementation, start)[0]
+
+
+@typed
+def decode_part(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    *,
+    implementation: str | None = None,
+    start: Lengths | None = None,
+) -> tuple[Queries, LogSums]:
+    """Attention on a cache that holds a part of a sequence's tokens, and what ``combine`` puts parts together by.
+
+    A sequence may lie in several caches, on several devices: each answers for its own tokens, and answers weigh as
+    much as their shares of the softmax. They are finished rows, so the combination is the whole's, as long as every
+    part has the same weights.
+
+    Args:
+        q, cache, weights, spec, implementation: as of ``decode``.
+        start: [B], position of each sequence's first query, counted from this part's first token: it lies behind the
+            part's end where the query belongs to a later one. None: the last T tokens of this part.
+
+    Returns:
+        [B, T, N, H] in ``spec.dtype``, as of ``decode``, and [B, T, N], float32 or float64: logarithms of the sums of
+        exponentials of the scores, ``numerics.MASK`` of a query that sees no key of this part. Up to a number of each
+        query that is the same for every part: some kernels leave out what a bias of the keys adds to all scores.
+
+    Raises:
+        ValueError, NotImplementedError, RuntimeError: as ``decode``. NotImplementedError also of a softmax other than
+            the exact one, and of other arithmetic that knows no log-sums; and of causal integer attention with
+            ``start``, which takes queries behind a cache's end for padding.
+    """
+    if spec.scheme.softmax != "exact":
+        raise NotImplementedError(
+            f"scheme {spec.scheme}: parts are put together by sums of exponentials, which {spec.scheme.softmax} has not"
+        )
+    if start is not None and spec.causal and (mode := compute_text(spec.scheme)) != "float":
+        raise NotImplementedError(
+            f"scheme {spec.scheme}: {mode} takes queries behind a cache's end for padding; of a part that lies before "
+            "all queries give a spec with causal=False"
+        )
+    out, log_sums = _attend(q, cache, weights, spec, implementation, start)
+    if log_sums is None:
+        raise NotImplementedError(f"scheme {spec.scheme}: its log-sums are not known in this arithmetic")
+    return out, log_sums
+
+
+def _attend(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    implementation: str | None,
+    start: Lengths | None,
+) -> Part:
+    """By the implementation named, else by the first of the running backend's that does not refuse."""
     batch, tokens, heads, size = q.shape
     if (heads, size) != (spec.heads, spec.head_dim):
         raise ValueError(f"q has N, H = {heads}, {size}, the spec {spec.heads}, {spec.head_dim}")
@@ -70,6 +131,7 @@ def decode(
         raise ValueError(f"q has {batch} sequences, the cache {cache.batch}")
     _check_cache(cache, spec)
     first = cache.length - tokens if start is None else start
+    implementation = implementation or spec.implementation
     if implementation is not None:
         if implementation not in IMPLEMENTATIONS:
             raise ValueError(

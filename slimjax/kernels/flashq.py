@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8, Int32
 
+from slimjax.attention.blocks import Part
 from slimjax.attention.compute import compute_of, compute_text
 from slimjax.attention.integer import Asked, Integer, State, answer, ask
 from slimjax.attention.integer_tiles import buffer_tiles
@@ -105,8 +106,8 @@ def merged(
     )
 
 
-def finish(state: State, of: Question, cache: Cache, weights: DecodeWeights, spec: DecodeSpec) -> Queries:
-    """The answer, the newest tokens taken in."""
+def finish(state: State, of: Question, cache: Cache, weights: DecodeWeights, spec: DecodeSpec) -> Part:
+    """The answer and log-sums, the newest tokens taken in."""
     first, mine, buffer = buffer_tiles(cache, of.codec, of.positions)
     where = buffer_geometry(first, mine[:, 0], of.positions, cache, weights, spec)
     where = where.without_padding(cache.length - first, spec)

@@ -103,18 +103,21 @@ def _version(name: str) -> str | None:
         return None
 
 
-def lower(function: Callable[..., Any], *specs: Any) -> Lowered:
-    """Lower a function for a H100; needs no plugin. ``specs``: trees of jax.ShapeDtypeStruct, one an argument.
+def lower(function: Callable[..., Any], *specs: Any, donate: tuple[int, ...] = ()) -> Lowered:
+    """Lower a function for a H100; needs no plugin. ``specs``: trees of jax.ShapeDtypeStruct, one an argument;
+    ``donate``: arguments that are given away.
 
     Raises what Mosaic GPU raises: ValueError for too much shared memory, and for what TMA cannot bring.
     """
     device = AbstractDevice(device_kind=KIND, num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        return jax.jit(function).trace(*specs).lower(lowering_platforms=("cuda",))
+        return jax.jit(function, donate_argnums=donate).trace(*specs).lower(lowering_platforms=("cuda",))
 
 
-def compile_for_h100(function: Callable[..., Any], *specs: Any) -> tuple[Compiled, tuple[Kernel, ...]]:
-    """Compile a function for a H100 (sm_90a): the program, and its Mosaic GPU kernels.
+def compile_for_h100(
+    function: Callable[..., Any], *specs: Any, donate: tuple[int, ...] = ()
+) -> tuple[Compiled, tuple[Kernel, ...]]:
+    """Compile a function for a H100 (sm_90a), as ``lower`` takes it: the program, and its Mosaic GPU kernels.
 
     Raises ImportError without the plugin, and what jax, ptxas and ``lower`` raise. A kernel that this process has
     compiled before is not assembled again, and one that lowers a kernel before its first compilation is told nothing of
@@ -128,7 +131,7 @@ def compile_for_h100(function: Callable[..., Any], *specs: Any) -> tuple[Compile
     sharding = SingleDeviceSharding(topology.devices[0])
     placed = jax.tree.map(lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding), specs)
     with tempfile.TemporaryDirectory() as folder, _dumping(folder):
-        compiled = lower(function, *placed).compile()
+        compiled = lower(function, *placed, donate=donate).compile()
         return compiled, read_kernels(Path(folder))
 
 

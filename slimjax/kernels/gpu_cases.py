@@ -13,7 +13,7 @@ from slimjax.attention.compute import compute_of
 from slimjax.attention.integer import Integer
 from slimjax.attention.positions import Position
 from slimjax.attention.projections import DecodeWeights
-from slimjax.cache import Cache, codec_of, empty
+from slimjax.cache import Cache, append, codec_of, empty
 from slimjax.kernels import pallas_gpu
 from slimjax.kernels.gpu.prompt import attend_prompt
 from slimjax.kernels.shapes import SHAPES
@@ -56,6 +56,8 @@ CASES = (
     Case(scheme="kv:flashq4@sas", shape="llama-3-8b", tokens=2),
     Case(scheme="kv:flashq2", shape="llama-2-7b"),
     Case(scheme="kv:flashq4", shape="phi-3-mini", tokens=2),
+    Case(scheme="kv:flashq4", shape="whisper-large-cross"),
+    Case(scheme="kv:flashq2-4", shape="llama-2-7b"),
     Case(scheme="kv:flashq8", shape="smollm2-1.7b", tokens=8),
     Case(scheme="kv:flashq2-4@sas", shape="smollm2-1.7b"),
     Case(scheme="k2:bf16", shape="llama-2-7b", options=(PLAIN,)),
@@ -64,6 +66,9 @@ CASES = (
     Case(scheme="k2:bf16", shape="smollm2-1.7b", tokens=2),
     Case(scheme="k2:bf16+16", shape="smollm2-1.7b"),
     Case(scheme="k2:int16", shape="llama-2-7b", options=(PLAIN,)),
+    Case(scheme="k2:int16", shape="llama-2-7b"),
+    Case(scheme="k2:int16", shape="phi-3-mini"),
+    Case(scheme="k2:int16", shape="smollm2-1.7b"),
     Case(scheme="k2:int16+16", shape="llama-2-7b"),
     Case(scheme="k2:int16+16", shape="phi-3-mini"),
     Case(scheme="k2:int16+8", shape="smollm2-1.7b"),
@@ -72,6 +77,7 @@ CASES = (
     Case(scheme="k2:flashq4/64", shape="llama-2-7b"),
     Case(scheme="k2:flashq8/64", shape="phi-3-mini"),
     Case(scheme="k2:flashq4/64", shape="whisper-large-self"),
+    Case(scheme="k2:flashq4/64", shape="smollm2-1.7b"),
     Case(scheme="k2:flashq2/64", shape="smollm2-1.7b", tokens=2),
     Case(scheme="x2:bf16", shape="whisper-large-self", tokens=3),
     Case(scheme="e2:bf16", shape="t5-11b-cross"),
@@ -110,6 +116,19 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 def _decode(q: Any, cache: Any, weights: Any, start: Any, *, spec: DecodeSpec) -> Any:
     return pallas_gpu.decode(q, cache, weights, spec, start, interpret=False)
+
+
+def step_program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A token appended to the cache, its first argument, and decoded: the answer and the cache."""
+    spec, (_, (query, cache, weights, _)) = case.spec, program(case)
+    streams, codec = basis(spec).streams(spec), codec_of(spec.scheme)
+    rows = {name: jax.ShapeDtypeStruct((BATCH, 1, *row), jnp.float32) for name, row in streams.items()}
+
+    def step(cache: Cache, rows: Any, q: Any, weights: Any) -> tuple[Any, Cache]:
+        longer = append(cache, rows, codec, prompt=False)
+        return _decode(q, longer, weights, cache.length, spec=spec), longer
+
+    return step, (cache, rows, query, weights)
 
 
 def prompt_program(scheme: str, shape: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -1,7 +1,6 @@
 """``decode`` by Pallas kernels for Hopper GPUs, ``implementation="pallas_gpu"``; on other backends only interpreted."""
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -9,22 +8,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from slimjax.attention.bases import basis
+from slimjax.attention.blocks import Part
 from slimjax.attention.compute import compute_text
 from slimjax.attention.projections import DecodeWeights
-from slimjax.attention.softmax import sas_of
-from slimjax.axes import Lengths, Queries, typed
+from slimjax.axes import Lengths, LogSums, Queries, typed
 from slimjax.cache import Cache, Codec, TiledCodec, codec_of
 from slimjax.cache.codecs.floats import FloatCodec
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels import flashq
 from slimjax.kernels.buffer import attend_buffer
 from slimjax.kernels.combine import combine
-from slimjax.kernels.gpu import keys, latent, mosaic, packed, tile_steps
-from slimjax.kernels.gpu.grid import ALIGNED, by_key_head, foreign, padded, parts
+from slimjax.kernels.gpu import flashq_decode, keys, latent
+from slimjax.kernels.gpu.grid import ALIGNED, by_key_head, foreign, parts
 from slimjax.kernels.gpu.heads import attend_heads
 from slimjax.kernels.gpu.mosaic import interpreter
-from slimjax.kernels.gpu.ring import ROWS, SHARED_LIMIT, Rules
-from slimjax.kernels.gpu.tiles import attend_tiles, memory
+from slimjax.kernels.gpu.ring import ROWS, Rules
 from slimjax.kernels.spec import DecodeSpec
 
 SIZES = (64, 96, 128)  # of heads
@@ -55,6 +53,22 @@ def decode(
         ValueError: fewer than one part, or passes other than 1 and 2.
         RuntimeError: interpreted with too few threads.
     """
+    return decode_part(q, cache, weights, spec, start, splits=splits, passes=passes, interpret=interpret)[0]
+
+
+@typed
+def decode_part(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    start: Lengths,
+    *,
+    splits: int | None = None,
+    passes: int | None = None,
+    interpret: Any = None,
+) -> Part:
+    """As ``slimjax.decode_part``, with the arguments of ``decode``; of two passes log-sums are not known."""
     if passes not in (None, 1, 2):
         raise ValueError(f"{passes=}: expected 1, 2 or None")
     reason = refusal(spec, q.shape[1], cache.capacity, biased=weights.k_bias is not None, passes=passes)
@@ -73,10 +87,13 @@ def decode(
         causal=spec.causal,
     )
     if flashq.serves(spec):
-        out = _tiles(q, cache, weights, spec, start, rules, splits, interpret)
+        out, log_sums = flashq_decode.decode_tiles(
+            q, cache, weights, spec, start, rules, splits=splits, interpret=interpret
+        )
     else:
-        out = _rows(q, cache, weights, spec, start, rules, splits, passes, interpret)
-    return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+        out, log_sums = _rows(q, cache, weights, spec, start, rules, splits, passes, interpret)
+    overfull = (cache.length > cache.capacity)[:, None, None, None]
+    return jnp.where(overfull, jnp.full_like(out, jnp.nan), out), log_sums
 
 
 def _rows(
@@ -89,12 +106,12 @@ def _rows(
     splits: int | None,
     passes: int | None,
     interpret: Any,
-) -> Queries:
+) -> Part:
     positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     ready = basis(spec).queries(q.astype(spec.dtype), positions, weights, spec)
     held = jnp.minimum(cache.length, cache.capacity)  # an overfull cache is NaN: nothing to wait for
     if spec.scheme.basis == "kv":
-        mixed = _plain(ready.astype(spec.dtype), cache, held, start, rules, splits, interpret)
+        mixed, log_sums = _plain(ready.astype(spec.dtype), cache, held, start, rules, splits, interpret)
     elif spec.scheme.basis == "k":
         rows = ready.astype(spec.dtype)
         mixed, log_sums = keys.attend(
@@ -104,83 +121,13 @@ def _rows(
             assert log_sums is not None  # of one pass
             newest = attend_buffer(q, cache, weights, spec, codec, start)
             both = (jnp.stack(each) for each in zip((mixed, log_sums), newest, strict=True))
-            mixed, _ = combine(*both)
+            mixed, log_sums = combine(*both)
     else:
         absorbed, whole = ready.q.astype(spec.dtype), dataclasses.replace(rules, group=spec.heads)
-        mixed = latent.attend(absorbed, cache, held, start, whole, spec, splits=splits, interpret=interpret)
-    return basis(spec).finish(mixed, weights, spec).astype(spec.dtype)
-
-
-def _tiles(
-    q: Queries,
-    cache: Cache,
-    weights: DecodeWeights,
-    spec: DecodeSpec,
-    start: Lengths,
-    rules: Rules,
-    splits: int | None,
-    interpret: Any,
-) -> Queries:
-    """Keys and values in FlashQ's tiles; heads of other widths are other calls."""
-    mosaic.enough_threads(mosaic.THREADS, "over FlashQ's tiles", interpret)
-    of = flashq.question(q, cache, spec, start)
-    batch, kv_heads, *rows, size = of.asked.codes.shape
-    queries, limit = math.prod(rows), jnp.minimum(of.limit, cache.capacity)
-    codes = padded(of.asked.codes.reshape(batch, kv_heads, queries, size)).astype(jnp.bfloat16)
-    scale = of.asked.scale.reshape(batch, kv_heads, queries)
-    scale = jnp.pad(scale, ((0, 0), (0, 0), (0, ROWS - queries)))
-    found, head = [], 0
-    for part in flashq.by_width(cache, of.codec):
-        fixed = _static(spec, of, rules, part["k"].bits, interpret)
-        heads = part["k"].scale.shape[2]
-        mine = slice(head, head + heads)
-        count = parts(batch * heads, cache.capacity, fixed.span) if splits is None else splits
-        found.append(
-            attend_tiles(
-                codes[:, mine],
-                scale[:, mine],
-                part["k"],
-                part["v"],
-                jnp.max(limit, axis=1),
-                start,
-                limit,
-                fixed,
-                splits=count,
-                interpret=interpret,
-            )
+        mixed, log_sums = latent.attend(
+            absorbed, cache, held, start, whole, spec, splits=splits, interpret=interpret
         )
-        head += heads
-    most = max(len(peak) for peak, _, _ in found)
-    peak, total, out = (
-        jnp.concatenate([_more(part[index], most, nothing) for part in found], axis=2)
-        for index, nothing in enumerate((tile_steps.NONE, 0.0, 0.0))
-    )
-    state = flashq.merged(
-        peak[..., :queries, None],
-        total[..., :queries, None],
-        jnp.swapaxes(out, 3, 4)[..., :queries, :],
-        of.asked,
-    )
-    return flashq.finish(state, of, cache, weights, spec)
-
-
-def _more(parts: Float[Array, "P *rest"], count: int, nothing: float) -> Float[Array, "Q *rest"]:
-    """Filled up with parts of no token."""
-    fill = [(0, count - len(parts)), *[(0, 0)] * (parts.ndim - 1)]
-    return jnp.pad(parts, fill, constant_values=nothing)
-
-
-def _static(
-    spec: DecodeSpec, of: flashq.Question, rules: Rules, bits: int, interpret: Any
-) -> tile_steps.Static:
-    return tile_steps.Static(
-        rules=rules,
-        integer=of.integer,
-        sas=sas_of(spec.scheme.softmax),
-        bits=bits,
-        tile=of.codec.tile,
-        interpreted=interpret is not False,
-    )
+    return basis(spec).finish(mixed, weights, spec).astype(spec.dtype), log_sums
 
 
 def _plain(
@@ -191,7 +138,7 @@ def _plain(
     rules: Rules,
     splits: int | None,
     interpret: Any,
-) -> Float[Array, "B T N H"]:
+) -> tuple[Float[Array, "B T N H"], LogSums]:
     """Keys and values."""
     rows = by_key_head(q, rules)
     splits = parts(rows.shape[0] * rows.shape[1], cache.capacity) if splits is None else splits
@@ -199,10 +146,14 @@ def _plain(
     answers, log_sums = attend_heads(
         rows, rows_of_keys, values, length, start, rules, splits=splits, interpret=interpret
     )
-    mixed, _ = combine(answers, log_sums[..., : rows.shape[2]])
-    mixed = mixed[:, :, : rules.tokens * rules.group]
-    mixed = mixed.reshape(*mixed.shape[:2], rules.tokens, rules.group, -1).swapaxes(1, 2)
-    return mixed.reshape(q.shape)
+
+    def by_token(found: Float[Array, "B K R *A"]) -> Float[Array, "B T N *A"]:
+        found = found[:, :, : rules.tokens * rules.group]
+        found = found.reshape(*found.shape[:2], rules.tokens, rules.group, *found.shape[3:])
+        return found.swapaxes(1, 2).reshape(*q.shape[:3], *found.shape[4:])
+
+    mixed, sums = combine(answers, log_sums[..., : rows.shape[2]])
+    return by_token(mixed), by_token(sums)
 
 
 def refusal(
@@ -214,7 +165,7 @@ def refusal(
     """
     scheme = spec.scheme
     if flashq.serves(spec):
-        return flashq.refusal(spec) or _tiles_refusal(spec, tokens) or _shape_refusal(spec, tokens, capacity)
+        return flashq_decode.refusal(spec, tokens) or _shape_refusal(spec, capacity)
     if scheme.basis not in ("kv", "k", *latent.BASES):
         return f"basis {scheme.basis} has no kernel for GPUs; it has kv, k, x, e and h"
     if (mode := compute_text(scheme)) != "float":
@@ -228,10 +179,11 @@ def refusal(
             f"codec {scheme.codec} has no kernel for GPUs; it has bf16, of kv flashq, of keys alone flashq of one "
             "width, and of bases without values int16"
         )
-    if reason := _shape_refusal(spec, tokens, capacity):
+    if reason := _shape_refusal(spec, capacity):
         return reason
     if scheme.basis == "kv":
-        return None
+        few = f"{tokens} query tokens of {spec.group} heads a key head are more than {ROWS} rows; decode at most"
+        return None if tokens * spec.group <= ROWS else f"{few} {ROWS // spec.group} at a time"
     if scheme.basis == "k":
         return keys.refusal(spec, tokens, capacity, biased=biased, passes=passes)
     return latent.refusal(spec, tokens, biased=biased)
@@ -244,7 +196,7 @@ def _stored(stream: Codec, basis_: str) -> bool:
     return isinstance(stream, IntegerCodec) and basis_ != "kv" and stream.bits == 16 and not stream.per_head
 
 
-def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
+def _shape_refusal(spec: DecodeSpec, capacity: int) -> str | None:
     """Why sizes and positions are not served, or None."""
     if spec.dtype != "bfloat16":
         return f"compute dtype {spec.dtype} has no kernel for GPUs; use bfloat16"
@@ -254,29 +206,4 @@ def _shape_refusal(spec: DecodeSpec, tokens: int, capacity: int) -> str | None:
         return f"{spec.head_dim=} has no kernel for GPUs; it has {', '.join(map(str, SIZES))}"
     if capacity % ALIGNED:
         return f"a cache of {capacity} slots has no kernel for GPUs; take a multiple of {ALIGNED}"
-    if spec.scheme.basis == "kv" and tokens * spec.group > ROWS:
-        return (
-            f"{tokens} query tokens of {spec.group} heads a key head are more than {ROWS} rows; "
-            f"decode at most {ROWS // spec.group} at a time"
-        )
-    return None
-
-
-def _tiles_refusal(spec: DecodeSpec, tokens: int) -> str | None:
-    """Why FlashQ's tiles are not served, or None."""
-    if mosaic.OLD:
-        return "FlashQ's tiles have no kernel for GPUs under jax 0.10; use 0.11 or newer"
-    for part in flashq.widths(codec_of(spec.scheme)) or ():
-        if reason := packed.refusal(part.bits, part.tile):
-            return reason
-        taken = memory(
-            math.ceil(tokens * spec.group / ALIGNED) * ALIGNED, spec.head_dim, part.bits, part.tile
-        )
-        if taken > SHARED_LIMIT:
-            return (
-                f"{tokens} query tokens of {spec.group} heads a key head take {taken:,} bytes of shared memory beside "
-                f"tiles of {part.bits} bits, more than {SHARED_LIMIT:,}"
-            )
-    if (cut := sas_of(spec.scheme.softmax)) and not cut[0]:
-        return f"softmax {spec.scheme.softmax} has no kernel for GPUs; it has exact, and SAS with a cut"
     return None

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from slimjax.attention.bases import basis
+from slimjax.attention.blocks import Part
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries, typed
 from slimjax.cache import Cache, Codec, TiledCodec, codec_of
@@ -17,10 +18,11 @@ from slimjax.kernels.combine import combine
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tiles import VMEM, Memory, Tiles, choose
 from slimjax.kernels.tpu import flashq_decode
-from slimjax.kernels.tpu.generations import Generation, running
+from slimjax.kernels.tpu.generations import Generation, known, running
 from slimjax.kernels.tpu.online import LANES
 from slimjax.kernels.tpu.operands import angles, operands
-from slimjax.kernels.tpu.rows import attend_rows, memory
+from slimjax.kernels.tpu.room import memory
+from slimjax.kernels.tpu.rows import attend_rows
 from slimjax.kernels.tpu.tiled_rows import COUNT
 
 
@@ -47,11 +49,31 @@ def decode(
     Raises:
         NotImplementedError: what the kernels do not serve, with the reason.
     """
+    return decode_part(
+        q, cache, weights, spec, start, tiles=tiles, generation=generation, interpret=interpret
+    )[0]
+
+
+@typed
+def decode_part(
+    q: Queries,
+    cache: Cache,
+    weights: DecodeWeights,
+    spec: DecodeSpec,
+    start: Lengths,
+    *,
+    tiles: Tiles | None = None,
+    generation: Generation | None = None,
+    interpret: Any = None,
+) -> Part:
+    """As ``slimjax.decode_part``, with the arguments of ``decode``."""
     if interpret is None:
         interpret = jax.default_backend() != "tpu"
     way = _decode_tiles if flashq.serves(spec) else _decode_rows
-    out = way(q, cache, weights, spec, start, tiles, generation or running(), interpret)
-    return jnp.where((cache.length > cache.capacity)[:, None, None, None], jnp.full_like(out, jnp.nan), out)
+    generation = generation or (running() if interpret else known())
+    out, log_sums = way(q, cache, weights, spec, start, tiles, generation, interpret)
+    overfull = (cache.length > cache.capacity)[:, None, None, None]
+    return jnp.where(overfull, jnp.full_like(out, jnp.nan), out), log_sums
 
 
 def _decode_rows(
@@ -63,7 +85,7 @@ def _decode_rows(
     tiles: Tiles | None,
     generation: Generation | None,
     interpret: Any,
-) -> Queries:
+) -> Part:
     given, rules = operands(q, cache, weights, spec, start, int8=_int8(generation))
     codec = codec_of(spec.scheme)
     chosen = _row_tiles(memory(given, rules), cache, codec, tiles, generation)
@@ -80,9 +102,10 @@ def _decode_rows(
             )
             for part, each in zip(parts, newest, strict=True)
         ]
-    mixed, _ = combine(*parts)
-    rows = mixed[:, : tokens * heads].reshape(batch, tokens, heads, -1)
-    return basis(spec).finish(rows, weights, spec).astype(spec.dtype)
+    rows, log_sums = (
+        each[:, : tokens * heads].reshape(batch, tokens, heads, *each.shape[2:]) for each in combine(*parts)
+    )
+    return basis(spec).finish(rows, weights, spec).astype(spec.dtype), log_sums
 
 
 def _decode_tiles(
@@ -94,7 +117,7 @@ def _decode_tiles(
     tiles: Tiles | None,
     generation: Generation | None,
     interpret: Any,
-) -> Queries:
+) -> Part:
     chosen = _flashq_tiles(q, cache, spec, tiles, generation)
     int8 = _int8(generation)
     return flashq_decode.decode_tiles(q, cache, weights, spec, start, chosen, int8=int8, interpret=interpret)
@@ -105,7 +128,8 @@ def _flashq_tiles(
 ) -> Tiles:
     if reason := flashq_decode.refusal(spec):
         raise NotImplementedError(f"scheme {spec.scheme}: {reason}")
-    return flashq_decode.tiles_for(spec, cache.capacity, q.shape[1], tiles, _vmem(generation))
+    splits = _splits(cache, generation)
+    return flashq_decode.tiles_for(spec, cache.capacity, q.shape[1], tiles, _vmem(generation), splits)
 
 
 def tiles_of(
@@ -117,11 +141,11 @@ def tiles_of(
     """
 
     if flashq.serves(spec):
-        return _flashq_tiles(q, cache, spec, None, generation or running())
+        return _flashq_tiles(q, cache, spec, None, generation or known())
 
     def look(q: Queries, cache: Cache, weights: DecodeWeights) -> None:
         nonlocal found
-        here = generation or running()
+        here = generation or known()
         used = memory(*operands(q, cache, weights, spec, cache.length, int8=_int8(here)))
         found = _row_tiles(used, cache, codec_of(spec.scheme), None, here)
 
@@ -134,8 +158,13 @@ def tiles_of(
 def _row_tiles(
     used: Memory, cache: Cache, codec: Codec, tiles: Tiles | None, generation: Generation | None
 ) -> Tiles:
-    splits = 1 if generation is None else generation.parts(cache.batch)
-    return choose(cache.capacity, used, tiles=tiles, vmem=_vmem(generation), unit=_unit(codec), splits=splits)
+    splits, vmem = _splits(cache, generation), _vmem(generation)
+    return choose(cache.capacity, used, tiles=tiles, vmem=vmem, unit=_unit(codec), splits=splits)
+
+
+def _splits(cache: Cache, generation: Generation | None) -> int:
+    """Parts that leave no core without work, of tiles that nobody asked for."""
+    return 1 if generation is None else generation.parts(cache.batch)
 
 
 def _unit(codec: Codec) -> int:

@@ -15,7 +15,7 @@ from slimjax.kernels.gpu import mosaic, prompt as gpu_prompt
 from slimjax.kernels.gpu.grid import foreign
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.kernels.tpu import flashq_prompt, prompt
-from slimjax.kernels.tpu.generations import running
+from slimjax.kernels.tpu.generations import known, running
 
 Prompt = Callable[..., Queries]
 
@@ -24,9 +24,12 @@ def prompt_kernel(spec: DecodeSpec, tokens: int, compute: Compute | None) -> Pro
     """A function of (q, k, v, spec, length) for T tokens in this arithmetic (None: floating point), or None.
 
     On TPU splash attention for bfloat16, and a kernel of INT8 tiles for ``#int8``; elsewhere there is none. That for
-    Hopper has been compiled and interpreted, but run on no GPU: ``attend_prompt`` takes it by name.
+    Hopper has been compiled and interpreted, but run on no GPU: it is for a spec that names "pallas_gpu".
     """
-    if jax.default_backend() != "tpu":
+    named = spec.implementation == "pallas_gpu"
+    if named and isinstance(compute, Integer) and not gpu_prompt.refusal(spec, compute.tokens(spec)):
+        return functools.partial(attend_prompt, implementation="pallas_gpu")
+    if jax.default_backend() != "tpu" or spec.implementation not in (None, "pallas_tpu"):
         return None
     if compute is None:
         return None if prompt.refusal(spec, tokens) else prompt.attend_prompt
@@ -36,8 +39,9 @@ def prompt_kernel(spec: DecodeSpec, tokens: int, compute: Compute | None) -> Pro
     if flashq_prompt.refusal(spec, tile):
         return None
     generation = running()
-    int8 = generation is None or generation.int8
-    return functools.partial(flashq_prompt.attend_prompt, integer=compute, tile=tile, int8=int8)
+    if generation is None:  # whether it multiplies INT8 is not known
+        return None
+    return functools.partial(flashq_prompt.attend_prompt, integer=compute, tile=tile, int8=generation.int8)
 
 
 @typed
@@ -68,7 +72,7 @@ def attend_prompt(
     tile = compute.tokens(spec)
     call: Any
     if implementation == "pallas_tpu":
-        generation = running() if backend == "tpu" else None
+        generation = known() if backend == "tpu" else None
         int8 = generation is None or generation.int8
         call = functools.partial(flashq_prompt.attend_prompt, int8=int8, interpret=backend != "tpu")
     elif implementation == "pallas_gpu":

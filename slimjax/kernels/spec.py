@@ -24,6 +24,8 @@ class DecodeSpec:
         dtype: compute dtype of q, P and the output. Rows read from the cache are never rounded to it
             before they meet W_KV.
         causal: whether a query sees only keys at and before its own position.
+        implementation: what ``decode`` takes where it is not told otherwise, and so what a layer takes; None: the
+            first of the running backend's that does not refuse.
 
     Raises:
         ValueError: heads not a multiple of kv_heads, a non-positive size, window or softcap, an odd head
@@ -41,6 +43,7 @@ class DecodeSpec:
     scale: float | None = None
     dtype: str = "float32"
     causal: bool = True
+    implementation: str | None = None
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim, self.width) < 1:

@@ -4,6 +4,7 @@ The same blocks run three ways, which differ in the attention function they are 
 (training, scoring), filling one (prefill), and through one (decoding).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
@@ -182,6 +183,7 @@ def convert_model(
     dtype: str = "float32",
     *,
     orders: Sequence[Sequence[int] | np.ndarray | None] | None = None,
+    implementation: str | None = None,
 ) -> tuple[tuple[CachedAttention, ...], tuple[Figures, ...]]:
     """Every attention layer made ready for its scheme, on the host; one scheme serves all layers.
 
@@ -191,6 +193,7 @@ def convert_model(
         dtype: compute dtype of q, P and the attention output.
         orders: of each layer a permutation of its K key/value heads, those that bear fewer bits first
             (``slimjax.solve.mixing.head_orders``), or None for the order they have; None: no layer is permuted.
+        implementation: of ``slimjax.decode``, the one that every layer takes; None: as there.
 
     Raises:
         NotImplementedError: a layer cannot use its scheme or order; the message names the alternative.
@@ -205,6 +208,7 @@ def convert_model(
         weights, spec = block.attention.projections(), block.attention.decode_spec(chosen, dtype)
         if order is not None:
             weights = permute_heads(weights, order, spec.position)
+        spec = dataclasses.replace(spec, implementation=implementation)
         converted.append(convert(weights, spec, layer=f"layer {index}"))
     return tuple(each.layer for each in converted), tuple(each.figures for each in converted)
 

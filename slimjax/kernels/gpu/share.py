@@ -15,8 +15,9 @@ from slimjax.kernels.gpu.ring import BLOCK, ROWS, SHARED_LIMIT
 MIXERS = 2
 SCORER, LOADER, GROUPS = MIXERS, MIXERS + 1, MIXERS + 2
 # Registers of a mixer's thread that may hold sums: of bfloat16; of codes, or where the loader expands them and has
-# registers for it; and of these turned in heads of 64. With more some were seen to be spilled.
-PLAIN, CODED, TIGHT = 96, 80, 64
+# registers for it; and turned in heads of 64, where the loader expands them, or not. With more some were seen to be
+# spilled.
+PLAIN, CODED, TIGHT, TIGHTEST = 96, 80, 64, 56
 CLUSTERS = (1, 2, 4, 8)
 PIECES = {64: (128, 64), 96: (192,), 128: (128,)}  # columns of a piece, whole heads, by the size of a head
 TURNED = {64: 32, 96: 16, 128: 32}  # columns that RoPE turns at a time, of each half of a head
@@ -149,9 +150,9 @@ class Share:
             taken += BYTES * (BLOCK * self.piece + marks)
         slots = (SHARED_LIMIT - OTHER - taken) // (2 * BLOCK * self.piece)
         sums = (self.width // MIXERS + (BLOCK if self.extra else 0)) * self.queries
-        most = (
-            PLAIN if not (self.codes or self.packing) else TIGHT if self.rotary and self.size == 64 else CODED
-        )
+        most = CODED if self.codes or self.packing else PLAIN
+        if most == CODED and self.rotary and self.size == 64:
+            most = TIGHT if self.packing else TIGHTEST
         if self.queries > ROWS or sums > 128 * most or slots < 2 * self.pieces:
             return None
         return dataclasses.replace(self, slots=slots)

@@ -36,6 +36,8 @@ Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0, 2026-11-23), no registers spilled,
     SmolLM2-1.7B  C 4   bf16+16 224,520
     Whisper       C 2   bf16 227,752 (cross)     int16+16 224,728    x bf16, 3 tokens 221,560    e int16 222,616
     T5-11B        C 2   e bf16 228,536, three clusters for 128 heads: each reads all rows
+    flashq        Llama-2-7B 4 bits 227,672      Phi-3-mini 8 bits 223,448    Whisper 4 bits 224,760
+                  SmolLM2-1.7B 2 bits, 2 tokens 222,552
 
 Not run on a GPU: what the exchange through L2 costs is not known. Blocks of a cluster could send scores to each
 other's shared memory instead, which the interpreter does not know. A block of tokens waits for the weights of the one

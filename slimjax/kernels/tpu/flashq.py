@@ -16,7 +16,22 @@ All sums are the integers of the reference; where no unit multiplies INT8 (v4, v
 Bytes per token: K H (bits + 16/G) / 8 and 4 K / G, twice. FLOPs per token: 4 N T H count, 12 m N T H are done.
 Grid: (sequence, part, block of tiles); blocks that no query sees cost no copy. The buffer is not read here:
 ``flashq_decode`` adds it to the state that this returns. Parts are put together by exact exponentials; SAS's weights
-are relative to each part's own maximum. Schedules: the table of TPU_NOTES.md.
+are relative to each part's own maximum, so it is given one part unless more are asked for.
+
+Of a grid step: m tiles of G tokens, 8, 16 or 32 of them, so that a byte's parts fill lanes; codes [m G bits/8, K H],
+steps and lows [m, K H], scales [m, K]; queries [R, K H], R of those that share a head; 2,048 columns at work. Scheduled
+cycles of a 128x128 tile of cached values / those in which its bytes come from HBM, without waits, and not timed on any
+TPU (jax 0.12.0.1, libtpu 0.0.52, 2026-11-23; batch 16, 8,192 tokens; experiments/records/tpu_matrix.jsonl):
+
+                                   v4        v5e      v5p      v6e      v7x
+    kv:flashq4       llama-2-7b    227 / 15  15 / 16  16 / 11  14 / 9   20 / 4
+    kv:flashq4       smollm2-1.7b  248 / 15  24 / 16  27 / 11  25 / 9   31 / 4
+    kv:flashq2       smollm2-1.7b  242 / 8   24 / 8   27 / 6   29 / 5   40 / 2
+    kv:flashq8       smollm2-1.7b  234 / 28  20 / 30  24 / 21  20 / 18  26 / 8
+    kv:flashq2-4@sas smollm2-1.7b  267 / 11  32 / 12  37 / 8   33 / 7   40 / 3
+
+Limits: memory decides on v5e alone, for heads of 128 or codes of 8 bits; v4 and v7x widen codes to bfloat16; two heads
+of 64 share 128 columns, half of them zero. 3 bits and trained biases are interpreted, and compiled for no TPU yet.
 """
 
 import dataclasses

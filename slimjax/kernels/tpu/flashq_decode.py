@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from slimjax.attention.integer import Asked, State
+from slimjax.attention.blocks import Part
+from slimjax.attention.compute import compute_of
+from slimjax.attention.integer import Asked, Integer, State
 from slimjax.attention.positions import alibi_slopes, bias
 from slimjax.attention.projections import DecodeWeights
 from slimjax.axes import Lengths, Queries
@@ -49,8 +51,8 @@ def decode_tiles(
     *,
     int8: bool,
     interpret: Any,
-) -> Queries:
-    """As ``slimjax.decode``; ``int8``: products of INT8, else of bfloat16, which have the same sums."""
+) -> Part:
+    """As ``slimjax.decode_part``; ``int8``: products of INT8, else of bfloat16, which have the same sums."""
     of, tokens = flashq.question(q, cache, spec, start), q.shape[1]
     fixed = Static(
         rules=rules_of(spec, tokens),
@@ -67,9 +69,13 @@ def decode_tiles(
     return flashq.finish(_state(states, sections, of.asked), of, cache, weights, spec)
 
 
-def tiles_for(spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None, vmem: int) -> Tiles:
+def tiles_for(
+    spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None, vmem: int, splits: int = 1
+) -> Tiles:
     """The tiles asked for, else the fewest of ``COUNTS`` whose packed parts fill lanes. Raises NotImplementedError as
     ``kernels.tiles.choose`` does, and where tiles asked for are not whole FlashQ tiles, 8 or a multiple.
+
+    splits: parts, unless tiles are asked for, or there are fewer blocks, or parts would weigh otherwise.
     """
     codec = codec_of(spec.scheme)
     widths = flashq.widths(codec)
@@ -78,7 +84,8 @@ def tiles_for(spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None,
     if tiles is None:
         parts = [size // parts_of(part.bits) for part in widths]
         count = next((n for n in COUNTS if all(n * part % LANES == 0 for part in parts)), COUNTS[-1])
-        tiles = Tiles(block=count * size, vmem=vmem)
+        blocks = math.ceil(capacity / (count * size))
+        tiles = Tiles(block=count * size, vmem=vmem, splits=min(splits, blocks) if _divisible(spec) else 1)
     if tiles.block % (8 * size):
         raise NotImplementedError(
             f"{tiles.block=}: the kernel takes 8 FlashQ tiles of {size} tokens at once, or 16, ..."
@@ -90,6 +97,14 @@ def tiles_for(spec: DecodeSpec, capacity: int, tokens: int, tiles: Tiles | None,
             f"{int(SHARE * tiles.vmem):,}"
         )
     return tiles
+
+
+def _divisible(spec: DecodeSpec) -> bool:
+    """Whether parts of a sequence weigh as the whole does: SAS cuts, and P's static scale rounds, what is small
+    against the maximum so far, which is each part's own.
+    """
+    compute = compute_of(spec)
+    return spec.scheme.softmax == "exact" and isinstance(compute, Integer) and compute.p != "static"
 
 
 def _memory(spec: DecodeSpec, widths: tuple[FlashQ, ...], block: int, tokens: int) -> int:

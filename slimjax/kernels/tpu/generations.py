@@ -109,3 +109,17 @@ def running() -> Generation | None:
         return None
     kind = jax.devices()[0].device_kind
     return next((found for found in GENERATIONS.values() if kind in found.kinds), None)
+
+
+def known() -> Generation | None:
+    """The generation of the TPU in use; None where there is none. Raises NotImplementedError of one not known.
+
+    Its compiler might refuse what a guess would ask of it, which is too late to take another implementation.
+    """
+    found = running()
+    if found is None and jax.default_backend() == "tpu":
+        kind = jax.devices()[0].device_kind
+        raise NotImplementedError(
+            f"TPU {kind!r} is not known here, only {', '.join(GENERATIONS)}: its memory and whether it multiplies INT8"
+        )
+    return found

@@ -82,14 +82,13 @@ def over_columns(width: int, visit: Callable[[Any, Any], Any], state: Any, perio
     A loop, and of few trips: one long program takes libtpu minutes to schedule, and every trip waits for its products.
     Where periods do not divide the width, all columns are one part.
     """
-    if width % period:
-        return visit(pl.ds(0, width), state)
-    step, count = _steps(width, period)
+    step = at_once(width, period)
+    count = width // step
     if count > 1:
         state = jax.lax.fori_loop(
             0, count, lambda i, held: visit(pl.ds(pl.multiple_of(i * step, LANES), step), held), state
         )
-    elif count:
+    else:
         state = visit(pl.ds(0, step), state)
     rest = width - count * step
     return visit(pl.ds(count * step, rest), state) if rest else state
@@ -97,13 +96,12 @@ def over_columns(width: int, visit: Callable[[Any, Any], Any], state: Any, perio
 
 def trips(width: int, period: int = LANES) -> int:
     """How often the loop of ``over_columns`` runs, 1 where there is none."""
-    return 1 if width % period else max(1, _steps(width, period)[1])
+    return max(1, width // at_once(width, period))
 
 
-def _steps(width: int, period: int) -> tuple[int, int]:
-    """Columns of a part, and whole parts of a row."""
-    step = period * max(1, COLUMNS // period)
-    return step, width // step
+def at_once(width: int, period: int = LANES) -> int:
+    """Columns that ``over_columns`` works on at a time."""
+    return width if width % period else min(width, period * max(1, COLUMNS // period))
 
 
 @dataclasses.dataclass(frozen=True)

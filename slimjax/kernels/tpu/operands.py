@@ -201,16 +201,26 @@ def _in_planes(keys: Held | Tiled, spec: DecodeSpec) -> bool:
 def _key_bias(weights: DecodeWeights, keys: Held | Tiled, spec: DecodeSpec) -> Float[Array, "1 W"] | None:
     if spec.scheme.basis != "k" or weights.k_bias is None:
         return None
+    turned_or_bent = spec.position.rotary or spec.softcap is not None
+    if not turned_or_bent and isinstance(
+        keys, Held
+    ):  # else it adds one number to all scores of a query, and cancels
+        return None  # (of tiles the newest tokens, which another program reads, have it)
     if keys.scale is not None:
         raise NotImplementedError(f"scheme {spec.scheme}: a key bias beside scaled keys has no kernel")
     return weights.k_bias.astype(jnp.float32).reshape(1, -1)
 
 
+def angles_period(size: int, width: int) -> int:
+    """Columns after which RoPE's tables repeat themselves: heads in whole lanes, or all."""
+    period = math.lcm(size, LANES)
+    return period if width % period == 0 else width
+
+
 def angles(spec: DecodeSpec, block: int, blocks: int) -> Angles:
     """RoPE's tables for blocks of so many tokens, computed in float64."""
     size, width = spec.head_dim, spec.key_width
-    period = math.lcm(size, LANES)
-    period = period if width % period == 0 else width
+    period = angles_period(size, width)
     frequency = spec.position.theta ** (-np.arange(0, size, 2) / size)
     pair = np.repeat(frequency, 2) if spec.position.interleaved else np.tile(frequency, 2)
 

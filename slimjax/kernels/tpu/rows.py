@@ -14,6 +14,24 @@ For every query row m (a head of a query token) and cached row c of W numbers:
 
 Bytes per token: those of the rows and their scales. FLOPs per token: 4 M W (6 M W under RoPE), M = N T.
 Grid: (sequence, part, block); blocks past a sequence's length, or before its window, cost no copy.
+
+Of a grid step: rows [block, W] as stored, scales [K or 1, block]; queries [M, W], M in multiples of 16, block-diagonal;
+scores [M, block], sums [M, W], maxima [M, 128], float32; 1,024 columns of all these at work (``online.COLUMNS``). The
+block is the longest of 1024, 512, 256 and 128 tokens that ``room.memory`` has room for. Scheduled cycles of a 128x128
+tile of cached values / those in which its bytes come from HBM, without waits, and not timed on any TPU (jax 0.12.0.1,
+libtpu 0.0.52, 2026-11-22, of int16 -23; batch 16, 8,192 tokens; experiments/records/tpu_matrix.jsonl has all rows):
+
+                                     v4        v5e       v5p       v6e       v7x
+    kv:bf16     llama-2-7b           29 / 56   19 / 60   22 / 41   15 / 35   22 / 17
+    kv:int8     llama-2-7b           204 / 29  19 / 31   23 / 21   16 / 18   23 / 9
+    k2:bf16     llama-2-7b, RoPE     132 / 56  57 / 60   63 / 41   44 / 35   56 / 17
+    k2:int16+16 llama-2-7b, RoPE     254 / 56  84 / 60   104 / 41  70 / 35   134 / 17
+    k2:int16+16 whisper-large-self   164 / 56  51 / 60   65 / 42   37 / 35   75 / 17
+    e2:bf16     whisper-large-cross  49 / 56   32 / 60   34 / 41   31 / 35   41 / 17
+
+Limits: where the first number is the larger, arithmetic decides, as on v7x throughout; without INT8 products (v4, v7x)
+int16 is met in halves. Not served: what ``operands.refusal`` names, a key bias that does not cancel (RoPE, softcap) of
+scaled keys and of latent rows, and widths of which 128 tokens do not fit.
 """
 
 import functools
@@ -27,9 +45,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from slimjax.kernels.tiles import Memory, Tiles
+from slimjax.kernels.tiles import Tiles
+from slimjax.kernels.tpu import room
 from slimjax.kernels.tpu.online import (
-    COLUMNS,
     LANES,
     Held,
     Reader,
@@ -40,7 +58,6 @@ from slimjax.kernels.tpu.online import (
     kv_head,
     locate,
     over_columns,
-    padded,
     query_token,
     readers,
     visible,
@@ -50,22 +67,6 @@ from slimjax.kernels.tpu.operands import Angles, Operands
 from slimjax.kernels.tpu.planes import whole
 from slimjax.kernels.tpu.tiled_rows import Tiled
 from slimjax.numerics import MASK
-
-
-def memory(operands: Operands, rules: Rules) -> Memory:
-    """Bytes of VMEM: inputs and outputs twice (one is copied while the other is used), sums once."""
-    rows = operands.rows
-    held = (operands.keys, *operands.further)
-    widths = _widths(operands, rules)
-    fixed = 2 * 2 * operands.q[0].nbytes + 2 * rows * 4 * (padded(sum(_answers(operands, rules))) + LANES)
-    fixed += rows * 4 * (sum(map(padded, widths)) + 2 * LANES)
-    token = sum(2 * padded(each.width) * each.stored for each in held)
-    token += len(_kept(operands, rules)) * padded(operands.keys.width) * operands.kept.itemsize
-    token += (3 if operands.bias is None else 5) * 4 * rows  # scores, weights, a copy of either; bias, twice
-    # What the columns at work are turned into, float32 or pairs of bfloat16 (as the compiler was seen to).
-    wide = operands.turned is not None or bool(operands.keys.operands(jnp.bfloat16))
-    token += (24 if wide else 8) * min(padded(operands.keys.width), COLUMNS)
-    return Memory(fixed=fixed, token=token)
 
 
 def attend_rows(
@@ -84,7 +85,7 @@ def attend_rows(
     steps = math.ceil(most / tiles.splits)
     place = functools.partial(locate, rules=rules, block=block, blocks=blocks, steps=steps)
     arrays, specs = _inputs(operands, block, lambda *at: place(*at)[1])
-    answer = sum(_answers(operands, rules))
+    answer = sum(room.answers(operands, rules))
 
     def part(last: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, rows, last), lambda b, s, j, *_: (s, b, 0, 0))
@@ -99,8 +100,8 @@ def attend_rows(
             scratch_shapes=[
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 pltpu.VMEM((rows, LANES), jnp.float32),
-                [pltpu.VMEM((rows, w), jnp.float32) for w in _widths(operands, rules)],
-                [pltpu.VMEM((block, operands.keys.width), operands.kept) for _ in _kept(operands, rules)],
+                [pltpu.VMEM((rows, w), jnp.float32) for w in room.widths(operands, rules)],
+                [pltpu.VMEM((block, operands.keys.width), operands.kept) for _ in room.kept(operands, rules)],
             ],
         ),
         out_shape=[
@@ -157,23 +158,6 @@ def _inputs(operands: Operands, block: int, at: Callable[..., Any]) -> tuple[dic
         within: Any = fixed(operands.angles.cos)
         specs["angles"] = Angles(cos=within, sin=within, start_cos=starts, start_sin=starts)
     return arrays, specs
-
-
-def _kept(operands: Operands, rules: Rules) -> tuple[float, ...]:
-    """The factors of the keys' operands that are kept."""
-    return operands.keys.operands(operands.kept) if rules.keys_weigh else ()
-
-
-def _widths(operands: Operands, rules: Rules) -> list[int]:
-    """Of the sums."""
-    weighed = (operands.keys, *operands.further) if rules.keys_weigh else operands.further
-    return [each.width for each in weighed]
-
-
-def _answers(operands: Operands, rules: Rules) -> list[int]:
-    """Of what is answered for every query row."""
-    widths = _widths(operands, rules)
-    return widths if rules.keys_weigh else [width // rules.kv_heads for width in widths]
 
 
 def _kernel(
