@@ -8,7 +8,7 @@
 #   quickstart       4    (limit 5) after installation; .ci/run trains briefly: 2
 #   test-fast       19    on Python 3.12 with the newest jax, with 1 to install
 #   test-tpu         1    on Python 3.12, with 1 to install libtpu
-#   test-gpu-aot     6    on Python 3.12, with 1 to install the compiler
+#   test-gpu-aot    20    on Python 3.12, with 1 to install the compiler; 7 of it compiled, the rest interpreted
 
 PYTHON ?= python3
 # More arguments for pytest or experiments.run: make test ARGS="-k rope"
@@ -31,7 +31,7 @@ SHELL := bash
 # Targets share one environment; pip must not run in it twice at once.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity test-tpu test-gpu-aot gpu gpu-part tpu-matrix models lint format clean python-ok
+.PHONY: help quickstart reproduce reproduce-fast reasoning test test-fast test-parity test-tpu test-gpu-aot gpu gpu-part gpu-sanitize sanitizer tpu-matrix models lint format clean python-ok
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
@@ -116,9 +116,11 @@ test-parity: $(STAMP)-parity ## compare with torch and transformers (optional; i
 test-tpu: $(STAMP)-tpu ## compile the TPU kernels without a TPU (PYTHON=python3.12; installs 0.5 GB)
 	SLIMJAX_REQUIRE_TPU=1 $(PYTEST) tests/test_tpu_aot.py tests/tpu $(ARGS)
 
+INTERPRETED := $(addprefix tests/test_kernels_gpu_,$(addsuffix .py,flashq prompt slim slim_packed))
 test-gpu-aot: $(STAMP)-gpu-aot ## compile the GPU kernels without a GPU (PYTHON=python3.12; installs 0.6 GB)
 	SLIMJAX_REQUIRE_GPU_AOT=1 $(PYTEST) tests/test_gpu_aot.py tests/gpu $(ARGS)
 	$(PYTEST) tests/test_kernels_gpu.py $(ARGS)  # a process of its own: one that has lowered kernels is told nothing
+	NPROC=16 $(PYTEST) $(INTERPRETED) $(ARGS)  # threads of XLA: interpreted warpgroups wait for each other in them
 
 # On a machine with a GPU, each part in minutes; stopped, the same command goes on. With packages that are there already:
 # make gpu PART=decode GPU_PYTHON=python3, which installs nothing. JAX leaves PyTorch, a peer, memory.
@@ -130,6 +132,18 @@ gpu: gpu-part $(if $(GPU_PYTHON),,$(STAMP)-gpu) ## measure on a GPU: PART=parity
 
 gpu-part:
 	@case " $(PARTS) " in *" $(or $(PART),none) "*) ;; *) echo "PART=$(PART): expected one of $(PARTS)" >&2; exit 1;; esac
+
+# Memory is taken array by array: in a pool that is taken at once, what is read beside an array is allowed.
+gpu-sanitize: export XLA_PYTHON_CLIENT_ALLOCATOR := platform
+gpu-sanitize: sanitizer $(if $(GPU_PYTHON),,$(STAMP)-gpu) ## each GPU kernel once under compute-sanitizer: memory, races, barriers
+	for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(or $(GPU_PYTHON),"$(BIN)/python") -m experiments.run \
+	    configs/gpu/sanitize.gin --no-resume --out results/gpu/sanitize-$$tool $(ARGS); \
+	done
+
+sanitizer:
+	@command -v compute-sanitizer >/dev/null \
+	  || { echo "compute-sanitizer is not on the PATH: it is in the bin/ of a CUDA toolkit" >&2; exit 1; }
 
 tpu-matrix: $(STAMP)-tpu ## every kernel, shape and TPU generation, and their tables (PYTHON=python3.12)
 	"$(BIN)/python" -m experiments.tpu_matrix --cycles $(ARGS)

@@ -51,6 +51,7 @@ class DecodeBenchConfig(BenchConfig):
     peers: tuple[str, ...] = ()  # of `experiments.decode_peers`; (): those made for the backend in use
     models: tuple[str, ...] = ()
     model_schemes: tuple[str, ...] = ("kv:float32", "k:float32")
+    model_implementations: tuple[str, ...] = ()  # that all layers take; (): that of the backend in use
     model_batches: tuple[Count, ...] = (1, 8)
     model_dtype: ComputeDtype = "float32"  # of the models' weights and arithmetic
     alike: bool = False  # every layer has the first one's weights, which alone is converted: for large models
@@ -61,7 +62,7 @@ class DecodeBenchConfig(BenchConfig):
         if self.models:
             check_models(self.models)
         lists = ("shapes", "schemes", "dtypes", "batches", "contexts", "implementations", "peers")
-        for name in (*lists, "model_schemes", "model_batches"):
+        for name in (*lists, "model_schemes", "model_implementations", "model_batches"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ConfigError(f"{name} = {values}: expected distinct values", name)

@@ -1,9 +1,10 @@
 """What a decode step through INT8 tiles takes its time for: expanding codes, Q K^T, the softmax, P V.
 
 Every stage is a program of its own that reads its input from memory and writes its output there, as a step in separate
-kernels would; `whole` is the step as `slimjax.decode` takes it: on a GPU the reference, tile by tile.
+kernels would; `whole` is the step as `slimjax.decode` takes it, by the implementation that the cell names.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -23,13 +24,15 @@ from slimjax import timing
 from slimjax.attention.softmax import exponential_of
 from slimjax.cache import TiledCodec, codec_of
 from slimjax.config import Config
-from slimjax.kernels.api import decode
+from slimjax.kernels.api import decode, native
 from slimjax.kernels.shapes import SHAPES, Shape
 from slimjax.kernels.spec import DecodeSpec
 from slimjax.scheme import parse_scheme
 
 TITLE = "What does a decode step take its time for?"
 ALONE = True  # timings
+FITS = True  # a cell that does not fit in memory is a result
+TABLE = ("milliseconds", "gigabytes_per_second")  # printed at the end
 PHASES = ("expand", "scores", "softmax", "values", "whole")
 SEED = 0
 
@@ -68,6 +71,7 @@ def _unit(asked: BreakdownConfig, name: str, batch: int, context: int) -> Unit:
             "batch": batch,
             "context": context,
             "dtype": "bfloat16",
+            "backend": asked.implementation or native()[0],  # of the whole; its stages are XLA's
         }
         for scheme, phase in itertools.product(asked.schemes, PHASES)
     )
@@ -94,6 +98,7 @@ def prepare(unit: Unit, config: Breakdown, directory: RunDirectory) -> Measure:
 
     def measure(cell: Cell) -> dict[str, Any]:
         spec = _spec(shape, str(cell["scheme"]))
+        spec = dataclasses.replace(spec, implementation=str(cell["backend"]))
         program, inputs, moved = _stage(str(cell["phase"]), spec, batch, context)
         compiled, seconds = timing.compiled(program, *inputs)
         asked = config.breakdown

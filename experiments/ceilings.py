@@ -15,6 +15,7 @@ from slimjax.config import Config
 
 TITLE = "What can this device do at best?"
 ALONE = True  # timings
+TABLE = ("gigabytes_per_second", "teraflops_per_second")  # printed at the end
 COPY, READ, PRODUCT = "copy", "read", "product"
 
 

@@ -16,9 +16,10 @@ from experiments.decode_peers import CODECS, PEERS
 from experiments.directory import RunDirectory
 from experiments.settings import Build, Cell, Forecast, Measure, Unit
 from slimjax import timing
+from slimjax.attention.bases import basis
 from slimjax.attention.layer import init_cache
 from slimjax.attention.projections import DecodeWeights
-from slimjax.cache import Cache
+from slimjax.cache import Cache, TiledCodec, append, codec_of, role_of
 from slimjax.config import Config, ConfigError, ModelConfig
 from slimjax.kernels import pallas_tpu
 from slimjax.kernels.api import IMPLEMENTATIONS, decode, native
@@ -29,7 +30,16 @@ from slimjax.scheme import parse_scheme, suggest
 TITLE = "How fast is decoding?"
 ALONE = True  # timings
 PACKAGES = ("torch", "flash-attn3-jax", "tokamax")  # timed too
+FITS = True  # a cell that does not fit in memory is a result: the largest that does is looked for
+TABLE = (
+    "milliseconds",
+    "share_of_copy_bandwidth",
+    "speed_over_peer",
+    "tokens_per_second",
+    "time_to_first_token",
+)  # printed at the end
 SEED = 0
+FEW = 128  # tokens that are encoded; a cache for timing has them again and again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +63,7 @@ class DecodeBench(Config):
         for field, names, known in (
             ("shapes", self.bench.shapes, SHAPES),
             ("implementations", self.implementations, IMPLEMENTATIONS),
+            ("model_implementations", self.bench.model_implementations, IMPLEMENTATIONS),
             ("peers", self.peers, PEERS),
         ):
             for name in names:
@@ -121,7 +132,10 @@ def _model_unit(config: DecodeBench, name: str, model: ModelConfig, batch: int) 
     bench = config.bench
     pairs = [
         (f"kv:{CODECS[bench.model_dtype]}", decode_models.EAGER),
-        *((str(parse_scheme(scheme)), "slimjax") for scheme in bench.model_schemes),
+        *itertools.product(
+            [str(parse_scheme(scheme)) for scheme in bench.model_schemes],
+            bench.model_implementations or ("slimjax",),
+        ),
     ]
     cells = tuple(
         {
@@ -202,25 +216,57 @@ def random_weights(spec: DecodeSpec) -> DecodeWeights:
 
 
 def random_cache(spec: DecodeSpec, batch: int, context: int, seed: int) -> Cache:
-    """A full cache of random codes, whatever the codec stores."""
+    """A full cache for timing: a few random rows, encoded once, are those of every sequence again and again."""
     return _filled(jax.random.key(seed), spec=spec, batch=batch, context=context)
+
+
+def encoded_cache(spec: DecodeSpec, length: jax.Array, context: int, seed: int) -> Cache:
+    """Sequences of these lengths, every row encoded as a prompt's are; behind their ends are codes of others."""
+    return _encoded(jax.random.key(seed), length, spec=spec, context=context)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "batch", "context"))
 def _filled(key: jax.Array, *, spec: DecodeSpec, batch: int, context: int) -> Cache:
-    empty = init_cache(spec, batch=batch, capacity=context)
-    leaves, tree = jax.tree.flatten(empty.streams)
+    codec = codec_of(spec.scheme)
+    full = init_cache(spec, batch=batch, capacity=context)
+    few = init_cache(spec, batch=1, capacity=min(context, FEW))
 
-    def random(key: jax.Array, leaf: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):  # of eight bits, too, which nothing draws
-            drawn = leaf.dtype if leaf.dtype.itemsize > 1 else jnp.bfloat16
-            return (0.1 * jax.random.normal(key, leaf.shape, drawn)).astype(leaf.dtype)
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        return jax.lax.bitcast_convert_type(jax.random.bits(key, leaf.shape, unsigned), leaf.dtype)
+    def fill(stored: Any, part: Any, rows: jax.Array, name: str) -> Any:
+        own, role = codec.stream(name), role_of(name)
+        place = jnp.arange(part.tiles.count if isinstance(own, TiledCodec) else few.capacity)[None]
+        if isinstance(own, TiledCodec):  # the buffer stays empty
+            tiles = rows.reshape(1, -1, own.tile, *rows.shape[2:])
+            part = part.tiles.written(own.encode_tiles(tiles, role), place)
+            return dataclasses.replace(stored, tiles=jax.tree.map(_repeated, stored.tiles, part))
+        return jax.tree.map(_repeated, stored, part.written(own.encode(rows, role), place))
 
-    keys = jax.random.split(key, len(leaves))
-    streams = jax.tree.unflatten(tree, list(map(random, keys, leaves)))
-    return dataclasses.replace(empty, streams=streams, length=jnp.full((batch,), context, jnp.int32))
+    rows = _rows(key, spec, 1, few.capacity)
+    streams = {name: fill(full.streams[name], few.streams[name], rows[name], name) for name in rows}
+    return dataclasses.replace(full, streams=streams, length=jnp.full((batch,), context, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "context"))
+def _encoded(key: jax.Array, length: jax.Array, *, spec: DecodeSpec, context: int) -> Cache:
+    first, second = jax.random.split(key)
+    held = _filled(first, spec=spec, batch=len(length), context=context)
+    held = dataclasses.replace(held, length=jnp.zeros_like(length))
+    return append(held, _rows(second, spec, len(length), context), codec_of(spec.scheme), length)
+
+
+def _rows(key: jax.Array, spec: DecodeSpec, batch: int, tokens: int) -> dict[str, jax.Array]:
+    """What a basis caches, its numbers random."""
+    streams = basis(spec).streams(spec)
+    keys = jax.random.split(key, len(streams))
+    return {
+        name: jax.random.normal(own, (batch, tokens, *row))
+        for own, (name, row) in zip(keys, streams.items(), strict=True)
+    }
+
+
+def _repeated(full: jax.Array, part: jax.Array) -> jax.Array:
+    """The part again and again along every axis that is shorter."""
+    times = [-(-whole // some) for whole, some in zip(full.shape, part.shape, strict=True)]
+    return jnp.tile(part, times)[tuple(map(slice, full.shape))]
 
 
 def bytes_read(weights: DecodeWeights, cache: Cache) -> int:
@@ -259,6 +305,9 @@ class _Attention:
 
     def _ours(self, scheme: str, implementation: str) -> dict[str, Any]:
         spec, bench = self.shape.spec(scheme, self.dtype), self.bench
+        # Before there are arrays of our own, beside which theirs might not fit.
+        peers = [peer.milliseconds for peer in map(self._peer, self.names) if isinstance(peer, timing.Timing)]
+        _ceilings(bench.copy_bytes)
         weights = random_weights(spec)
         caches = _distinct(schemes.cache_bytes(spec, self.batch, self.context), bench)
         held = [random_cache(spec, self.batch, self.context, seed) for seed in range(caches)]
@@ -272,7 +321,6 @@ class _Attention:
         metrics["bytes_per_token"] = held[0].bytes_per_token
         if analysis is not None:  # not every backend tells
             metrics["temporary_bytes"] = float(analysis.temp_size_in_bytes)
-        peers = [peer.milliseconds for peer in map(self._peer, self.names) if isinstance(peer, timing.Timing)]
         if peers:
             metrics["speed_over_peer"] = min(peers) / run.milliseconds
         return metrics | chosen_tiles(self.query, held[0], weights, spec, implementation)

@@ -1,5 +1,6 @@
 """How fast whole models write text, through which cache, and beside PyTorch eager where installed."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from slimjax import timing
 from slimjax.attention.layer import CachedAttention
 from slimjax.config import ModelConfig
 from slimjax.generate import generate, slots_of
+from slimjax.kernels.api import IMPLEMENTATIONS
 from slimjax.models.decoder import DecoderLM, convert_model
 from slimjax.solve import convert
 
@@ -43,7 +45,8 @@ def measure(config: ModelConfig, batch: int, bench: DecodeBenchConfig) -> Measur
     def one(cell: Cell) -> dict[str, Any]:
         if cell["framework"] == EAGER:
             return eager()[1]
-        layers = _layers(model, str(cell["scheme"]), dtype, bench.alike)
+        kernel = cell["framework"] if cell["framework"] in IMPLEMENTATIONS else None
+        layers = _layers(model, str(cell["scheme"]), dtype, bench.alike, kernel)
         call = functools.partial(generate, model, prompts, layers=layers, dtype=dtype)
         tokens, metrics = _timed_generation(lambda new: np.asarray(call(max_new_tokens=new)), batch, bench)
         slots = slots_of(model, bench.prompt_length, bench.generated)
@@ -81,12 +84,15 @@ def _random_model(config: ModelConfig, dtype: str, alike: bool) -> DecoderLM:
     return model
 
 
-def _layers(model: DecoderLM, scheme: str, dtype: str, alike: bool) -> tuple[CachedAttention, ...]:
+def _layers(
+    model: DecoderLM, scheme: str, dtype: str, alike: bool, kernel: str | None = None
+) -> tuple[CachedAttention, ...]:
     """Every attention layer made ready; with ``alike`` of copies of the first, each with arrays of its own to read."""
     if not alike:
-        return convert_model(model, scheme, dtype)[0]
+        return convert_model(model, scheme, dtype, implementation=kernel)[0]
     first = model.blocks[0].attention
-    layer = convert(first.projections(), first.decode_spec(scheme, dtype)).layer
+    spec = dataclasses.replace(first.decode_spec(scheme, dtype), implementation=kernel)
+    layer = convert(first.projections(), spec).layer
     return tuple(jax.tree.map(jnp.copy, layer) for _ in model.blocks)
 
 

@@ -29,6 +29,7 @@ TORCH = {SDPA: None, "torch flash": "FLASH_ATTENTION", "torch cudnn": "CUDNN_ATT
 FLASH3, TOKAMAX, CUDNN = "flash_attn3_jax", "tokamax", "jax cudnn"
 PEERS = (DOT, CUDNN, *TORCH, FLASH3, TOKAMAX)
 EVERYWHERE = (DOT, SDPA)  # the others are for GPUs
+FULL = ("RESOURCE_EXHAUSTED", "OutOfMemoryError")  # as XLA and PyTorch say that memory does not suffice
 # The codec of a peer's keys and values: the compute dtype's own.
 CODECS = {"float64": "float64", "float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -69,13 +70,26 @@ class Sizes:
 
 
 def ready(name: str, sizes: Sizes) -> Ready:
-    """Arrays and a program for a peer.
+    """Arrays and a program for a peer, called once: what a library was not built for may show only then.
 
     Raises:
-        NotImplementedError: it is not installed, or not made for this device or dtype; with the reason.
+        NotImplementedError: it is not installed, not made for this device, dtype or head size, or does not work; with
+            the reason.
+        Exception: whatever it raises where memory does not suffice, which says nothing about the peer.
     """
-    if name in TORCH:
-        return _torch(sizes, TORCH[name])
+    try:
+        made = _torch(sizes, TORCH[name]) if name in TORCH else _jax(name, sizes)
+        made.wait(made.call())
+    except NotImplementedError:
+        raise
+    except Exception as error:  # whatever another program raises
+        if isinstance(error, MemoryError) or any(word in f"{type(error)} {error}" for word in FULL):
+            raise
+        raise NotImplementedError(f"{name}: {type(error).__name__}: {error}") from None
+    return made
+
+
+def _jax(name: str, sizes: Sizes) -> Ready:
     step = _jax_step(name, sizes)
     turn = itertools.cycle(map(functools.partial(_keys_values, sizes), range(sizes.caches)))
     query = _normal(sizes, 1, sizes.heads, jax.random.key(sizes.caches))
@@ -83,15 +97,9 @@ def ready(name: str, sizes: Sizes) -> Ready:
     def turns() -> tuple[tuple[Keys, Values], ...]:
         return tuple(itertools.islice(turn, sizes.steps))
 
-    try:
-        program, seconds = timing.compiled(
-            functools.partial(in_turn, lambda q, held: step(q, *held)), query, turns()
-        )
-    except (
-        ImportError,
-        ExceptionGroup,
-    ) as error:  # what a peer imports when it is first used; what none of it serves
-        raise NotImplementedError(f"{name}: {error}") from None
+    program, seconds = timing.compiled(
+        functools.partial(in_turn, lambda q, held: step(q, *held)), query, turns()
+    )
     return Ready(lambda: program(query, turns()), compile_seconds=seconds)
 
 

@@ -85,6 +85,12 @@ class BreakdownConfig(BenchConfig):
     schemes: tuple[str, ...] = ("kv:flashq4", "kv:flashq4@sas")  # of INT8 tiles
     batches: tuple[Count, ...] = (1,)
     contexts: tuple[Count, ...] = (4096,)  # cached tokens
+    implementation: str | None = None  # of `slimjax.decode`, for the whole; None: that of the backend in use
 
     def validate(self) -> None:
         check_names(self, "Breakdown")
+        if self.implementation is not None and self.implementation not in IMPLEMENTATIONS:
+            hint = suggest(self.implementation, IMPLEMENTATIONS)
+            raise ConfigError(
+                f"implementation: unknown name {self.implementation!r}{hint}", "implementation", "Breakdown"
+            )

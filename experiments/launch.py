@@ -14,8 +14,10 @@ from experiments.settings import Cell, Plan, Unit
 from experiments.sweep import Sweep, cells, run_here, set_aside
 from experiments.worker import run_apart
 from slimjax.config import canonical_json
-from slimjax.records import STATUSES, Record, cell_key, write_records
+from slimjax.records import STATUSES, Record, cell_key, read, write_records
+from slimjax.report.generic import brief_table
 from slimjax.report.runs import pace
+from slimjax.report.tables import aligned, markdown
 
 
 def launch(
@@ -68,7 +70,7 @@ def checked_units(plan: Plan) -> list[Unit]:
 
 
 def execute(plan: Plan, units: Sequence[Unit], directory: RunDirectory, jobs: int) -> int:
-    """Run what is not done yet; 0, or 1 if any cell failed."""
+    """Run what is not done yet; 0, or 1 if any cell failed. An experiment with FITS has a full memory for a result."""
     result = directory.result
     sweep = None
     if result is None:
@@ -91,11 +93,18 @@ def execute(plan: Plan, units: Sequence[Unit], directory: RunDirectory, jobs: in
         directory.finish(result)
     else:
         _already(plan, units, directory, result)
-    failed = result["cells"]["failed"] + result["cells"].get("out-of-memory", 0)
+    failed, large = result["cells"]["failed"], result["cells"].get("out-of-memory", 0)
+    if getattr(plan.experiment, "FITS", False):
+        if large:
+            print(f"{cells(large)} did not fit in memory")
+    else:
+        failed += large
     if failed:
         print(f"{cells(failed)} failed, see {directory.path / 'log.txt'}", file=sys.stderr)
     if sweep and sweep.measured:
         print(pace(sweep.summary()))
+    if shown := getattr(plan.experiment, "TABLE", ()):
+        print(aligned(markdown(brief_table(read(directory.path / "records.jsonl"), shown))))
     print(f"report: {directory.path / 'report.html'}")
     return 1 if failed else 0
 

@@ -261,7 +261,8 @@ class Experiment(Protocol):
     Beside these it may have `report(config, directory, records)` in place of the general report (called after a
     unit and at the end, with the records in the order of the cells); `ALONE = True` where units at work side
     by side would disturb each other (timings): `--jobs` above 1 is refused then; `PACKAGES`, whose versions its records
-    name beside those of every run, where installed; and `check(config)`, called before
+    name beside those of every run, where installed; `TABLE`, the metrics of a table that is printed at the end;
+    `FITS = True` where a cell that runs out of memory is a result, not a failure; and `check(config)`, called before
     the first unit and by `--dry-run`: it looks at what the run will read, raises ConfigError where that will not do,
     and returns the digests of it by name, for no result to be taken for one of other data; and
     `measured_elsewhere(config, cells, directory)`, the records of those of the cells that another run has measured,

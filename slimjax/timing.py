@@ -3,6 +3,8 @@
 A clock is handed in where tests want one that they can wind.
 """
 
+import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+CALL, MOST = 10.0, 64  # milliseconds of a call whose bandwidth is measured, and passes through its array
 Clock = Callable[[], float]  # seconds
 
 
@@ -118,7 +122,7 @@ class Ceilings:
     """The fastest that memory was seen to be, in GB/s (10^9 bytes).
 
     Attributes:
-        copy: bytes read and written by a plain copy.
+        copy: bytes read and written by adding a number in place.
         read: bytes read by a sum, which writes none: decoding is like that.
     """
 
@@ -134,23 +138,44 @@ class Ceilings:
 def ceilings(
     nbytes: int, *, seconds: float = 1.0, clock: Clock = time.perf_counter, buffers: int = 2
 ) -> Ceilings:
-    """Measured on the default device with ``buffers`` arrays of ``nbytes`` each, taken in turns.
+    """Measured on the default device with ``buffers`` arrays of ``nbytes`` random numbers each, taken in turns.
 
-    Take more bytes than the caches hold. The fastest of the calls counts, since it is a ceiling.
+    Take more bytes than the caches hold. A call goes through its array until it lasts about ``CALL``, or launching it
+    would lower the ceiling. The fastest of the calls counts, since it is one.
 
     Raises:
         ValueError: nbytes is not positive.
     """
     if nbytes < 4 or buffers < 1:
         raise ValueError(f"{nbytes=} {buffers=}: expected at least one float32 and one buffer")
-    arrays = [jnp.full((nbytes // 4,), index, jnp.float32) for index in range(buffers)]
-    programs = [compiled(program, arrays[0])[0] for program in (lambda x: x + 1, jnp.sum)]
+    arrays = [jax.random.normal(jax.random.key(index), (nbytes // 4,)) for index in range(buffers)]
 
-    def rate(program: Callable[..., Any], moved: int) -> float:
-        turn = iter(range(1 << 62))
-        timing = time_calls(
-            lambda: program(arrays[next(turn) % buffers]), seconds=seconds / 2, most=1000, clock=clock
-        )
-        return moved / min(timing.samples) / 1e6
+    def timed(passes: Callable[..., Any], times: int, seconds: float, most: int, **options: Any) -> float:
+        """The fastest call."""
+        program, _ = compiled(functools.partial(passes, times=times), arrays[0], **options)
+        turn = itertools.cycle(range(buffers))
 
-    return Ceilings(copy=rate(programs[0], 2 * nbytes), read=rate(programs[1], nbytes))
+        def call() -> Any:
+            index = next(turn)
+            out = program(arrays[index])
+            if options:  # it was given away, and what came back is in its place
+                arrays[index] = out
+            return out
+
+        return min(time_calls(call, seconds=seconds, least=min(5, most), most=most, clock=clock).samples)
+
+    def rate(passes: Callable[..., Any], moved: int, **options: Any) -> float:
+        once = timed(passes, 1, 0.0, 2, **options)
+        times = min(MOST, max(1, round(CALL / once)))
+        return times * moved / timed(passes, times, seconds / 2, 1000, **options) / 1e6
+
+    return Ceilings(copy=rate(_copies, 2 * nbytes, donate_argnums=0), read=rate(_sums, nbytes))
+
+
+def _copies(x: Float[Array, "n"], *, times: int) -> Float[Array, "n"]:
+    return jax.lax.fori_loop(0, times, lambda _, x: x + 1, x)
+
+
+def _sums(x: Float[Array, "n"], *, times: int) -> Float[Array, ""]:
+    """Each asks for the one before, or XLA would take the same sum once."""
+    return jax.lax.fori_loop(0, times, lambda _, level: jnp.mean(jnp.abs(x - level)), jnp.zeros(()))

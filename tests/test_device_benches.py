@@ -10,6 +10,7 @@ from jax.experimental import io_callback
 
 from experiments import breakdown, decode_bench, decode_peers, parity, run
 from slimjax.cache import codec_of
+from slimjax.cache.pack import unpack
 from slimjax.kernels import api
 from slimjax.kernels.shapes import SHAPES
 from slimjax.numerics import relative_l2
@@ -41,10 +42,10 @@ Breakdown.least = 2
 """
 
 
-def records_of(tmp_path, text):
+def records_of(tmp_path, text, status=(0, 1)):
     config = tmp_path / "bench.gin"
     config.write_text(text)
-    assert run.main([str(config), "--out", str(tmp_path / "out")]) in (0, 1)
+    assert run.main([str(config), "--out", str(tmp_path / "out")]) in status
     assert (tmp_path / "out" / "report.html").exists()
     return read(tmp_path / "out" / "records.jsonl")
 
@@ -66,6 +67,7 @@ BROKEN = {
     "reads what is behind the end": (lambda q, cache, *rest: cache.streams["k"].leaves[0], "not finite"),
     "answers without keys": (lambda q, cache, *rest: jnp.ones_like(q), "without tokens has an answer"),
     "is another each time": (None, "other bits"),
+    "is a tenth too large": (1.1, "more than"),
 }
 
 
@@ -74,21 +76,71 @@ def test_a_broken_kernel_is_a_failed_row(fault, tmp_path, monkeypatch):
     answer, reason = BROKEN[fault]
     calls = iter(range(100))
 
-    def decode(q, cache, weights, spec, start):
+    def decode_part(q, cache, weights, spec, start):
         if answer is None:
             out = api.reference.decode(q, cache, weights, spec, start)
             scalar = jax.ShapeDtypeStruct((), out.dtype)
             more = io_callback(lambda: np.asarray(next(calls), scalar.dtype), scalar)
-            return jnp.where(cache.length[:, None, None, None] > 0, out + more, out)
+            return jnp.where(cache.length[:, None, None, None] > 0, out + more, out), None
+        if isinstance(answer, float):
+            return answer * api.reference.decode(q, cache, weights, spec, start), None
         made = answer(q, cache)
-        return made if made.shape == q.shape else jnp.full_like(q, jnp.sum(made))
+        return made if made.shape == q.shape else jnp.full_like(q, jnp.sum(made)), None
 
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_gpu", decode)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_gpu", decode_part)
     text = PARITY.replace("('kv:bf16', 'k2:bf16', 'kv:flashq4')", "('kv:bf16',)").replace("(1, 3)", "(1,)")
     text = text.replace("('kv:flashq4@sas',)", "()")
     found = records_of(tmp_path, text + "Parity.implementations = ('pallas_gpu',)\n")
     assert {record.status for record in found} == {"failed"}
     assert all(reason in record.reason for record in found)
+
+
+def test_a_long_sequence_that_is_wrong_is_not_hidden_by_short_ones(tmp_path, monkeypatch):
+    """Means over many tokens are smaller than one token's value."""
+
+    def decode_part(q, cache, weights, spec, start):
+        out = api.reference.decode(q, cache, weights, spec, start)
+        return out * jnp.where(cache.length == 72, 1.1, 1.0)[:, None, None, None], None
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_gpu", decode_part)
+    text = PARITY.replace("('tiny-rope', 'tiny-gqa')", "('tiny-rope',)").replace("(1, 3)", "(1,)")
+    text = text.replace("('kv:bf16', 'k2:bf16', 'kv:flashq4')", "('kv:bf16',)")
+    text = text.replace("('kv:flashq4@sas',)", "()") + "Parity.implementations = ('pallas_gpu',)\n"
+    (record,) = records_of(tmp_path, text)
+    assert record.status == "failed"
+    assert record.reason.startswith("ValueError: error 1.0")
+
+
+def test_a_kernel_of_tiles_is_as_close_as_the_reference(tmp_path):
+    """Ragged, its caches encoded as a prompt's rows are: of codes that no codec makes, kernels wrap otherwise."""
+    text = PARITY.replace("('tiny-rope', 'tiny-gqa')", "('tiny-rope',)").replace("(1, 3)", "(1,)")
+    text = text.replace("('kv:bf16', 'k2:bf16', 'kv:flashq4')", "('kv:flashq4',)").replace("= 72", "= 128")
+    text = text.replace("('kv:flashq4@sas',)", "()") + "Parity.implementations = ('pallas_tpu',)\n"
+    (record,) = records_of(tmp_path, text)
+    assert record.status == "ok", record.reason
+    assert record.metrics["attention_error"] < 1.5 * record.metrics["reference_error"]
+
+
+@pytest.mark.parametrize("scheme", ["kv:flashq4", "kv:flashq2-4", "kv:flashq8", "k2:int16+8"])
+def test_caches_for_timing_hold_what_a_codec_makes(scheme):
+    spec = SHAPES["tiny-rope"].spec(scheme, "bfloat16")
+    cache = decode_bench.random_cache(spec, 3, 320, seed=0)
+    assert (cache.length.tolist(), cache.capacity) == ([320] * 3, 320)
+    for held in cache.streams.values():
+        if not hasattr(held, "tiles"):
+            scales = next(leaf for leaf in held.leaves if leaf.dtype == jnp.float32)
+            assert (np.asarray(scales) > 0).all()
+            continue
+        whole = held.tiles.tiles()
+        for tiles in [whole] if hasattr(whole, "scale") else [whole.few, whole.many]:
+            assert (np.asarray(tiles.scale) > 0).all()
+            if tiles.step is None:
+                assert abs(np.asarray(tiles.packed, np.int32)).max() <= 119
+            else:
+                assert (np.asarray(tiles.step) >= 1).all()
+                codes = np.asarray(unpack(tiles.packed, tiles.bits, axis=-3), np.int32)
+                step, low = (np.asarray(each, np.int32)[..., None, :, :] for each in (tiles.step, tiles.low))
+                assert abs(codes * step + low).max() <= 127
 
 
 @pytest.mark.parametrize("scheme", ["kv:bf16", "k2:bf16+8", "k2:int16+8"])
@@ -178,7 +230,27 @@ def test_what_is_not_installed_is_refused_with_what_to_install(monkeypatch):
         decode_peers._installed("flash_attn3_jax")
 
 
-def test_a_peer_that_breaks_down_does_not_break_our_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_peer_that_does_not_work_is_refused_with_its_reason(late, monkeypatch):
+    def step(q, k, v):
+        if not late:
+            raise RuntimeError("head size 16: built for 128 only")
+        return io_callback(lambda: 1 / 0, jax.ShapeDtypeStruct((), q.dtype)) + q
+
+    monkeypatch.setattr(decode_peers, "_jax_step", lambda name, sizes: step)
+    reason = "ZeroDivisionError" if late else "RuntimeError: head size 16: built for 128 only"
+    with pytest.raises(NotImplementedError, match=reason):
+        decode_peers.ready(decode_peers.FLASH3, SIZES)
+
+    def full(name, sizes):
+        raise RuntimeError("RESOURCE_EXHAUSTED: so many caches")
+
+    monkeypatch.setattr(decode_peers, "_jax_step", full)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        decode_peers.ready(decode_peers.FLASH3, SIZES)
+
+
+def test_a_peer_that_breaks_down_does_not_break_our_rows(tmp_path, monkeypatch, capsys):
     def ready(name, sizes):
         raise MemoryError("RESOURCE_EXHAUSTED: so many caches")
 
@@ -193,7 +265,14 @@ DecodeBench.seconds = 0.001
 DecodeBench.least = 2
 DecodeBench.copy_bytes = 4096
 """
-    *peers, ours = records_of(tmp_path, text)
+    *peers, ours = records_of(tmp_path, text, status=(0,))  # what does not fit is a result
+    output = capsys.readouterr()
+    assert "2 cells did not fit in memory" in output.out
+    assert output.err == ""
+    table = output.out.splitlines()
+    (row,) = (line for line in table if line.startswith("k:int16 "))
+    assert len(row.split()) == 4  # scheme, implementation, time, share
+    assert table[-1].startswith("report: ")
     assert len(peers) == 2
     assert {record.status for record in peers} == {"out-of-memory"}
     assert ours.status == "ok"

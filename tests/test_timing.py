@@ -1,7 +1,10 @@
 """Timing: against a clock that is wound by hand, so that no machine's speed matters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from slimjax import timing
@@ -86,8 +89,23 @@ def test_ceilings_are_the_fastest_of_each_kind():
             return self.now
 
     found = timing.ceilings(4000, seconds=0.02, clock=Steady())
-    assert found.copy == pytest.approx(8000 / 1e-3 / 1e9)
-    assert found.read == pytest.approx(4000 / 1e-3 / 1e9)
+    passes = 10  # a call of one takes a millisecond, and one that is timed should take ten
+    assert found.copy == pytest.approx(passes * 8000 / 1e-3 / 1e9)
+    assert found.read == pytest.approx(passes * 4000 / 1e-3 / 1e9)
     assert found.best == found.copy
     with pytest.raises(ValueError, match="nbytes"):
         timing.ceilings(0)
+
+
+def test_every_pass_goes_through_the_array():
+    """What a compiler would leave out would raise the ceiling."""
+    x = jax.random.normal(jax.random.key(0), (1000,))
+    np.testing.assert_allclose(timing._copies(x, times=5), x + 5, rtol=1e-5)
+    level = np.zeros(())
+    for _ in range(3):
+        level = np.mean(np.abs(np.asarray(x) - level))
+    np.testing.assert_allclose(timing._sums(x, times=3), level, rtol=1e-5)
+    for passes in (timing._copies, timing._sums):
+        text = str(timing.compiled(functools.partial(passes, times=7), x)[0].as_text())
+        assert "while(" in text
+        assert '"n":"7"' in text.replace(" ", "") or "constant(7)" in text

@@ -246,6 +246,11 @@ def write_comparison(folder: Path, a: Run, b: Run, *, title: str = "") -> Path:
     return _write(folder, made, page)
 
 
+def report_plots(records: Sequence[Record]) -> dict[str, tuple[str, Figure]]:
+    """Every plot of these records that has something to show, with its caption."""
+    return _figures(records, ())
+
+
 def _figures(
     records: Sequence[Record], metrics: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[str, Figure]]:

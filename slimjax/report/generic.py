@@ -18,6 +18,7 @@ from slimjax.report.samples import (
 )
 from slimjax.report.tables import UNMEASURED, Column, Table, Value, number, with_seeds
 
+PARTS_OF_SHAPE = ("position", "heads", "kv_heads", "head_dim", "width", "layers")
 # Titles with units, and how numbers are written; a metric that is not here has its own name and four digits.
 COLUMNS = {
     "attention_error": Column("attention error (relative L2)", "error"),
@@ -150,6 +151,17 @@ def cells_table(records: Sequence[Record], title: str) -> Table:
         title, columns, tuple(rows), tuple(remarks), _shared(records, places), tuple(names), len(places)
     )
     return with_seeds(table, counts)
+
+
+def brief_table(records: Sequence[Record], metrics: Sequence[str]) -> Table:
+    """A table for a terminal: of these metrics alone, and of coordinates only what no shape or model stands for."""
+
+    def brief(record: Record) -> Record:
+        cell = {name: value for name, value in record.cell.items() if name not in PARTS_OF_SHAPE}
+        found = {name: record.metrics[name] for name in metrics if name in record.metrics}
+        return Record(cell, found, record.status, record.reason, record.provenance)
+
+    return cells_table(list(map(brief, records)), "Cells")
 
 
 def _shared(records: Sequence[Record], places: Sequence[str]) -> str:

@@ -152,6 +152,22 @@ def markdown(table: Table) -> str:
     return "\n".join(lines + ["", *map(plain_markdown, remarks)] * bool(remarks)) + "\n"
 
 
+def aligned(text: str) -> str:
+    """A written pipe table with its columns padded, for a terminal; its remarks as they are."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    if not rows:
+        return text
+    right = [part.endswith(":") for part in text.splitlines()[1].strip("|").split("|")]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def padded(row: Sequence[str]) -> str:
+        parts = zip(row, widths, right, strict=True)
+        return "  ".join(part.rjust(width) if end else part.ljust(width) for part, width, end in parts)
+
+    remarks = [line for line in text.splitlines() if not line.startswith("|")]
+    return "\n".join([*map(str.rstrip, map(padded, rows)), *remarks]).replace("\\_", "_")
+
+
 def plain_markdown(text: str) -> str:
     """Text that Markdown shows as it is, inside a table or outside."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("_", "\\_")
