@@ -1,8 +1,8 @@
 """python -m experiments.readme [--check]: write the tables of the READMEs from the committed records.
 
 A table stands between `<!-- table:RECORDS/NAME -->` and `<!-- /table -->`: RECORDS is a file of
-experiments/records/, NAME one of its report's tables, or `findings`. --check changes nothing and
-exits with 1 if a README is stale.
+experiments/records/, NAME one of its report's tables, or `findings`, or `plot_` and one of its plots, which is
+drawn beside the records. --check changes nothing and exits with 1 if a README is stale.
 """
 
 import argparse
@@ -20,17 +20,18 @@ FILES = tuple(
     ROOT / name for name in ("README.md", "experiments/README.md", "experiments/ABLATION.md", "TPU_NOTES.md")
 )
 GPU = "gpu_"  # records of a part of `make gpu`
+PLOT, DPI = "plot_", 140
 MARKED = re.compile(
     r"(<!-- table:(?P<source>[\w-]+)/(?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.S
 )
 
 
-def render(text: str, folder: Path = ROOT / "experiments" / "records") -> str:
-    """The text with every marked table as its records have it.
+def render(text: str, folder: Path = ROOT / "experiments" / "records", *, draw: bool = False) -> str:
+    """The text with every marked table as its records have it; ``draw``: marked plots are drawn anew.
 
     A part of `make gpu` without records is said to be not run.
 
-    Raises ValueError for an unknown table or any other file without records.
+    Raises ValueError for an unknown table or plot, or any other file without records.
     """
 
     def fresh(match: re.Match[str]) -> str:
@@ -43,9 +44,23 @@ def render(text: str, folder: Path = ROOT / "experiments" / "records") -> str:
             return f"{match[1]}Not run: no GPU was at hand. `make gpu PART={part}` runs it.\n{match[5]}"
         if not found:
             raise ValueError(f"{folder / match['source']}.jsonl: no records")
+        if match["name"].startswith(PLOT):
+            target = folder / f"{match['source']}_{match['name'].removeprefix(PLOT)}.png"
+            return f"{match[1]}{_plot(found, match['name'].removeprefix(PLOT), target, draw)}{match[5]}"
         return f"{match[1]}{_body(found, match['name'])}{match[5]}"
 
     return MARKED.sub(fresh, text)
+
+
+def _plot(found: Sequence[records.Record], name: str, target: Path, draw: bool) -> str:
+    """An image and its caption."""
+    made = report.report_plots(found)
+    if name not in made:
+        raise ValueError(f"unknown plot {name!r}{suggest(name, made)}")
+    caption, figure = made[name]
+    if draw:
+        figure.savefig(target, dpi=DPI, facecolor="white")
+    return f"![{caption}]({target.parent.name}/{target.name})\n"
 
 
 def _body(found: Sequence[records.Record], name: str) -> str:
@@ -82,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if check:
             problems.append(stale(path))
         else:
-            path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+            path.write_text(render(path.read_text(encoding="utf-8"), draw=True), encoding="utf-8")
     problems = [problem for problem in problems if problem]
     print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
     return 1 if problems else 0

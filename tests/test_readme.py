@@ -36,3 +36,18 @@ def test_paths_in_the_map_exist():
     section = (ROOT / "README.md").read_text().split("## Map")[1].split("## Add")[0]
     for name in re.findall(r"`((?:slimjax|experiments|configs|tests)/[\w/.]*)`", section):
         assert (ROOT / name).exists(), name
+
+
+def test_a_marked_plot_is_drawn_beside_its_records(tmp_path):
+    text = "<!-- table:decode_contexts/plot_bandwidth -->\n<!-- /table -->"
+    source = ROOT / "experiments" / "records" / "decode_contexts.jsonl"
+    (tmp_path / source.name).write_text(source.read_text())
+    target = tmp_path / "decode_contexts_bandwidth.png"
+    wanted = f"]({tmp_path.name}/{target.name})\n<!-- /table -->"
+    assert readme.render(text, tmp_path).endswith(wanted)
+    assert not target.exists()
+    assert readme.render(text, tmp_path, draw=True).endswith(wanted)
+    assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="unknown plot 'bandwith'; did you mean 'bandwidth'"):
+        readme.render(text.replace("bandwidth", "bandwith"), tmp_path)
+    assert "Not run" in readme.render(text.replace("decode_contexts", "gpu_decode"), tmp_path)
