@@ -15,7 +15,7 @@ from threaded import alone, run_threaded, threaded
 from slimjax import DecodeWeights, decode, parse_scheme
 from slimjax.attention.sas import sas_exp
 from slimjax.kernels import gpu_aot, gpu_cases, pallas_gpu
-from slimjax.kernels.gpu import mosaic, ring, tile_steps
+from slimjax.kernels.gpu import mosaic, ring
 from slimjax.numerics import relative_l2
 
 pytestmark = pytest.mark.skipif(mosaic.OLD, reason="the kernel needs jax 0.11 or newer")
@@ -110,15 +110,7 @@ def test_with_too_few_threads_it_says_so(monkeypatch):
 def test_its_sas_is_that_of_the_softmax():
     x = jnp.linspace(0, 9, 1001)
     for cut in ((6.0, 3), (4.5, 2)):
-        fixed = tile_steps.Static(
-            rules=ring.Rules(group=1, tokens=1, scale=1.0, softcap=None, window=None, causal=True),
-            integer=pallas_gpu.flashq.Integer(),
-            sas=cut,
-            bits=4,
-            tile=64,
-            interpreted=True,
-        )
-        np.testing.assert_allclose(tile_steps.exponential(x, fixed), sas_exp(x, *cut), atol=2e-7)
+        np.testing.assert_allclose(ring.exponential(x, cut), sas_exp(x, *cut), atol=2e-7)
 
 
 REFUSED = [

@@ -10,6 +10,7 @@ import pytest
 import test_kernels_gpu as suite
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter_state
 from test_kernels_gpu import BLOCK, CAPACITY, EVERYTHING, TOLERANCE
+from test_kernels_tpu import holds_sas
 from threaded import alone, run_threaded, threaded
 
 from slimjax import decode
@@ -79,6 +80,25 @@ def test_one_pass_is_the_oracle(blocks, each, monkeypatch):
 
 
 @threaded
+@pytest.mark.parametrize(
+    ("blocks", "each"),
+    [
+        (2, case((4, 4, 64), 1, "rope", scheme="k2:bf16@sas(2)")),
+        (2, case((4, 4, 64), 2, scheme="k2:int16+16@sas(2,2)")),
+        (1, case((4, 2, 64), scheme="x2:bf16@sas(2)")),
+    ],
+    ids=str,
+)
+def test_one_pass_has_the_reference_s_sas_where_its_maximum_is(blocks, each, monkeypatch):
+    found, wanted = run(blocks, each, monkeypatch, interpret=mosaic.interpreter(detect_races=True))
+    assert not interpreter_state.get_races().races_found
+    q, cache, weights, spec = suite.made(each)
+    other = reference.decode(q, cache, weights, spec, suite.start_of(cache, spec, each.tokens))
+    whole = np.asarray((cache.length > 0) & (cache.length <= BLOCK))
+    holds_sas(found, other, wanted, whole, TOLERANCE)
+
+
+@threaded
 @pytest.mark.parametrize("position", ["none", "rope"])
 def test_one_pass_errs_no_more_than_twice_as_much_as_the_reference_and_always_the_same(position, monkeypatch):
     each = case((4, 4, 64), 1, position, lengths=(40, BLOCK, CAPACITY))
@@ -130,7 +150,7 @@ def test_one_pass_whose_warpgroups_do_not_wait_is_seen(hasty, monkeypatch):
 
 @alone
 def test_in_a_process_of_enough_threads(request):
-    run_threaded(request, ["one_pass"], len(CASES) + 8)
+    run_threaded(request, ["one_pass"], len(CASES) + 11)
 
 
 def test_with_too_few_threads_it_says_so(monkeypatch):

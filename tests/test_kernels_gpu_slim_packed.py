@@ -81,6 +81,15 @@ def test_packed_keys_err_no_more_than_twice_as_much_as_the_reference_and_always_
 
 
 @threaded
+def test_packed_keys_have_the_reference_s_sas_where_its_maximum_is(monkeypatch):
+    """Lengths of whole tiles, so that none waits in the buffer, which is a part of its own."""
+    each = case("k2:flashq8/64@sas(3)", SQUARE, "rope", lengths=(0, 64, 128))
+    found, given = run(2, each, monkeypatch)
+    other, whole = tiles_suite.exactly(*given), np.array([False, True, False])
+    rows_suite.holds_sas(found, other, rows_suite.expected(*given), whole, TOLERANCE / 2)
+
+
+@threaded
 def test_packed_keys_of_tokens_just_appended_see_the_buffer_as_it_was(monkeypatch):
     """Three tokens, of which the second fills the buffer: the first still reads it, the third reads its tile."""
     monkeypatch.setattr(share, "CLUSTERS", (2,))
@@ -112,7 +121,7 @@ def test_packed_keys_whose_loader_does_not_wait_are_seen_to_race(monkeypatch):
 
 @alone
 def test_in_a_process_of_enough_threads(request):
-    run_threaded(request, ["packed_keys"], len(CASES) + 3)
+    run_threaded(request, ["packed_keys"], len(CASES) + 4)
 
 
 @pytest.mark.parametrize(("bits", "tile"), [(8, 64), (4, 64), (4, 32), (2, 64), (2, 32)])
@@ -140,7 +149,7 @@ REFUSED = [
     ("k2:flashq8/128", SQUARE, "tiles of 128 tokens in 8 bits .* use 32 or 64"),
     ("k2:flashq4/64+8", SQUARE, "extra coordinates beside FlashQ's tiles"),
     ("k2:flashq4/64", (2, 2, 64, 128), "FlashQ's tiles of 2 key heads .* multiples of 4"),
-    ("k:flashq4/64@sas", SQUARE, "softmax sas has no kernel"),
+    ("k:flashq4/64@sas(0)", SQUARE, "softmax sas.* it has exact, and SAS with a cut"),
 ]
 
 

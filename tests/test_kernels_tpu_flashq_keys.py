@@ -98,6 +98,17 @@ def test_bfloat16_errs_no_more_than_twice_as_much_as_the_reference():
     assert TOLERANCE["bfloat16"] / 10 < relative_l2(found, wanted) < 2 * relative_l2(other, wanted)
 
 
+def test_sas_is_the_reference_s_where_its_maximum_is():
+    """Lengths of whole tiles, so that none waits in the buffer, which is a part of its own."""
+    case = Case("k:flashq4/32@sas(2)", SQUARE, "rope", "float32", lengths=(0, 64, 256, 288))
+    q, cache, weights, spec = made(case)
+    start = rows_suite.start_of(cache, spec, 1)
+    found = answers(case, q, cache, weights, spec, start)
+    other = tiles_suite.exactly(q, cache, weights, spec, start)
+    wanted, whole = rows_suite.expected(q, cache, weights, spec, start), np.array([False, True, True, False])
+    rows_suite.holds_sas(found, other, wanted, whole, TOLERANCE["float32"])
+
+
 @pytest.mark.parametrize("scheme", ["k:flashq4/32", "k:flashq4(extra=int8)/32+8"])
 def test_queries_of_tokens_just_appended_see_the_buffer_as_it_was(scheme):
     """Three tokens, of which the second fills the buffer: the first still reads it, the third reads its tile."""
@@ -122,7 +133,7 @@ def test_the_public_call_takes_it_and_an_overfull_cache_is_nan():
 
 REFUSED = [
     ("k:flashq2-4/32", "codec flashq has no kernel"),
-    ("k:flashq4/32@sas", "softmax sas has no kernel"),
+    ("k:flashq4/32@sparse(0.01)", "softmax sparse.* has no kernel"),
     ("k:flashq4/40", "tiles of 40 tokens in 4 bits have no kernel; use a multiple of 16"),
     ("k:flashq3/32", "tiles of 32 tokens in 3 bits have no kernel; use a multiple of 64"),
     ("x2:flashq4/32", "codec flashq has no kernel"),

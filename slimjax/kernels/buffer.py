@@ -10,6 +10,7 @@ from slimjax.attention.bases import basis
 from slimjax.attention.positions import bias
 from slimjax.attention.projections import DecodeWeights
 from slimjax.attention.reference import Geometry, geometry, scaled
+from slimjax.attention.softmax import exponential_of
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, TiledCodec, newest
 from slimjax.cache.layout import LaidOut
@@ -53,7 +54,10 @@ def buffer_geometry(
 def attend_buffer(
     q: Queries, cache: Cache, weights: DecodeWeights, spec: DecodeSpec, codec: TiledCodec, start: Lengths
 ) -> tuple[Float[Array, "B T N A"], Float[Array, "B T N"]]:
-    """What queries mix of the tokens in the buffer, before ``finish``, and its log-sums: a part for ``combine``."""
+    """What queries mix of the tokens in the buffer, before ``finish``, and its log-sums: a part for ``combine``.
+
+    SAS is relative to the maximum of these tokens.
+    """
     method = basis(spec)
     positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
     first, mine, lines = newest(cache, codec, positions)
@@ -78,7 +82,9 @@ def attend_buffer(
     where = buffer_geometry(first, mine, positions, cache, weights, spec)
     value = jnp.where(where.mask, scaled(jax.vmap(met)(ready, held, at), where, spec), MASK)
     peak = jnp.max(value, axis=3, keepdims=True)
-    p = jnp.where(where.mask, jnp.exp(value - peak), 0.0)
+    exponential = exponential_of(spec.scheme.softmax)
+    assert exponential is not None  # others are refused
+    p = jnp.where(where.mask, exponential(peak - value), 0.0)
     total = jnp.sum(p, axis=3, keepdims=True)
     some = jnp.where(total > 0, total, 1.0)
     mixed = method.weigh(p / some, held, at[0], weights, spec)  # which looks at no position

@@ -11,6 +11,7 @@ from slimjax.attention.bases import basis
 from slimjax.attention.blocks import Part
 from slimjax.attention.compute import compute_text
 from slimjax.attention.projections import DecodeWeights
+from slimjax.attention.softmax import sas_of
 from slimjax.axes import Lengths, LogSums, Queries, typed
 from slimjax.cache import Cache, Codec, TiledCodec, codec_of
 from slimjax.cache.codecs.floats import FloatCodec
@@ -85,6 +86,7 @@ def decode_part(
         softcap=spec.softcap,
         window=spec.window,
         causal=spec.causal,
+        sas=sas_of(spec.scheme.softmax),
     )
     if flashq.serves(spec):
         out, log_sums = flashq_decode.decode_tiles(
@@ -170,8 +172,9 @@ def refusal(
         return f"basis {scheme.basis} has no kernel for GPUs; it has kv, k, x, e and h"
     if (mode := compute_text(scheme)) != "float":
         return f"compute mode {mode} has no kernel for GPUs"
-    if scheme.softmax != "exact":
-        return f"softmax {scheme.softmax} has no kernel for GPUs; it has exact"
+    if scheme.softmax != "exact" and (scheme.basis == "kv" or not (sas_of(scheme.softmax) or (0,))[0]):
+        more = "" if scheme.basis == "kv" else ", and SAS with a cut"
+        return f"softmax {scheme.softmax} has no kernel for GPUs; it has exact{more}"
     codec = codec_of(scheme)
     tiled = scheme.basis == "k" and keys.packing_of(spec) is not None
     if not (tiled or all(_stored(codec.stream(name), scheme.basis) for name in basis(spec).streams(spec))):

@@ -88,7 +88,7 @@ def _decode_rows(
 ) -> Part:
     given, rules = operands(q, cache, weights, spec, start, int8=_int8(generation))
     codec = codec_of(spec.scheme)
-    chosen = _row_tiles(memory(given, rules), cache, codec, tiles, generation)
+    chosen = _row_tiles(memory(given, rules), cache, spec, tiles, generation)
     if given.turned is not None:
         blocks = math.ceil(cache.capacity / chosen.block)
         given = dataclasses.replace(given, angles=angles(spec, chosen.block, blocks))
@@ -147,7 +147,7 @@ def tiles_of(
         nonlocal found
         here = generation or known()
         used = memory(*operands(q, cache, weights, spec, cache.length, int8=_int8(here)))
-        found = _row_tiles(used, cache, codec_of(spec.scheme), None, here)
+        found = _row_tiles(used, cache, spec, None, here)
 
     found: Tiles | None = None
     jax.eval_shape(look, q, cache, weights)
@@ -156,9 +156,11 @@ def tiles_of(
 
 
 def _row_tiles(
-    used: Memory, cache: Cache, codec: Codec, tiles: Tiles | None, generation: Generation | None
+    used: Memory, cache: Cache, spec: DecodeSpec, tiles: Tiles | None, generation: Generation | None
 ) -> Tiles:
-    splits, vmem = _splits(cache, generation), _vmem(generation)
+    # SAS cuts what is small against the maximum so far, a part's own: no parts that nobody asked for.
+    splits = _splits(cache, generation) if spec.scheme.softmax == "exact" else 1
+    vmem, codec = _vmem(generation), codec_of(spec.scheme)
     return choose(cache.capacity, used, tiles=tiles, vmem=vmem, unit=_unit(codec), splits=splits)
 
 

@@ -16,7 +16,7 @@ from slimjax.kernels.buffer import tokens_in_tiles
 from slimjax.kernels.gpu import mosaic, packed
 from slimjax.kernels.gpu.grid import by_key_head, padded, parts
 from slimjax.kernels.gpu.packed import Packing
-from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules
+from slimjax.kernels.gpu.ring import BLOCK, ROWS, Rules, exponential
 from slimjax.kernels.gpu.rows import column_width, score_rows, weigh_rows
 from slimjax.kernels.gpu.share import GROUPS, Share, share
 from slimjax.kernels.gpu.slim import Held, attend_keys
@@ -258,6 +258,6 @@ def _softmax(
     slots = jnp.arange(scores.shape[-1], dtype=jnp.int32)
     seen = visible(positions, slots, length, causal=rules.causal, window=rules.window)[:, :, :, None]
     peak = jnp.max(jnp.where(seen, scores, MASK), axis=-1, keepdims=True)
-    p = jnp.where(seen, jnp.exp(scores - peak), 0.0)
+    p = jnp.where(seen, exponential(peak - scores, rules.sas), 0.0)
     total = jnp.sum(p, axis=-1, keepdims=True)
     return p / jnp.where(total == 0, 1.0, total)

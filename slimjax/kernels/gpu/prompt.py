@@ -35,8 +35,8 @@ from slimjax.axes import Keys, Lengths, Queries, Values, typed
 from slimjax.cache.codecs.flashq import LIMIT
 from slimjax.kernels import flashq
 from slimjax.kernels.gpu import mosaic, ring
-from slimjax.kernels.gpu.ring import BLOCK, READERS, ROWS, Rules
-from slimjax.kernels.gpu.tile_steps import NONE, Static, exponential, factor_of
+from slimjax.kernels.gpu.ring import BLOCK, READERS, ROWS, Rules, exponential
+from slimjax.kernels.gpu.tile_steps import NONE, Static, factor_of
 from slimjax.kernels.spec import DecodeSpec
 
 SIZES = (64, 96, 128)  # of heads
@@ -240,7 +240,7 @@ def _step(
 
     now = jnp.maximum(peak, scores.max(axis=1))
     factor = factor_of(now - peak, fixed)
-    p = exponential(mosaic.across(jnp.maximum(now, NONE / 2), scores) - scores, fixed)
+    p = exponential(mosaic.across(jnp.maximum(now, NONE / 2), scores) - scores, fixed.sas)
     codes, scale = _codes(p, shared["scratch"].at[group], fixed)
     summed = p.sum(axis=1) if fixed.integer.denominator == "before" else codes.sum(axis=1) * scale
 

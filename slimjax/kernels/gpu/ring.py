@@ -6,6 +6,7 @@ no query hold what was in shared memory, and are not written out: a row never mi
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
+from slimjax.attention.sas import coefficients
 from slimjax.kernels.gpu import mosaic
+from slimjax.kernels.gpu.mosaic import LOG2E
 
 ROWS = 64  # of a product
 BLOCK = 64  # tokens
@@ -32,6 +36,7 @@ class Rules:
     Attributes:
         group, tokens: G, T; row m of a key head is query head m % G of query token m // G.
         scale, softcap, window, causal: as in ``DecodeSpec``.
+        sas: threshold and degree, where weights are SAS's; None: the exponential.
     """
 
     group: int
@@ -40,6 +45,7 @@ class Rules:
     softcap: float | None
     window: int | None
     causal: bool
+    sas: tuple[float, int] | None = None
 
     def sees(self, token: Any, query: Any, length: Any) -> Any:
         """Whether queries at these positions see these tokens."""
@@ -176,3 +182,19 @@ def clear(rows: Any, token: Any, length: Any, *, interpreted: bool) -> None:
             held = part[...]
             part[...] = jnp.where(inside, held, jnp.zeros_like(held))
         plgpu.commit_smem()
+
+
+def exponential(x: Array, sas: tuple[float, int] | None) -> Array:
+    """exp(-x) of x >= 0, by SAS where that is chosen (``attention.sas.sas_exp``); 0 far away."""
+    if sas is None:
+        return jnp.exp2(x * -LOG2E)
+    threshold, degree = sas
+    inside = jnp.minimum(x, threshold)
+    whole = inside.astype(jnp.int32)
+    fraction, value = inside - whole.astype(jnp.float32), jnp.zeros_like(x)
+    for coefficient in coefficients(degree):
+        value = value * fraction + coefficient
+    entry = jnp.ones_like(x)
+    for n in range(1, math.floor(threshold) + 1):
+        entry = jnp.where(whole >= n, math.exp(-n), entry)
+    return jnp.where(x > threshold, 0.0, entry * value)

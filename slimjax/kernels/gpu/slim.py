@@ -23,6 +23,7 @@ time:
   in it. Turned keys are rounded to bfloat16, those of codes to two.
 * Shared memory holds two blocks of tokens and a part of a third: while one is weighed, scores of the next go round.
   They have so many places in global memory that nobody overwrites what another reads (``Share.places``).
+* SAS in place of the exponential cuts what is small against the maximum so far, of its part of the tokens.
 * More query rows than a cluster can hold the sums of are other clusters, or other calls (``share``, ``keys.plan``).
 
 Bytes a token: 2*E of rows, and 2*R (of codes 8 more); for M query rows, filled up by block, 4*M written and 4*M*C read

@@ -19,7 +19,7 @@ from slimjax.kernels.gpu.ring import BLOCK, Place, Rules
 from slimjax.kernels.gpu.share import TURNED, Share
 from slimjax.numerics import MASK
 
-COLUMNS = 32  # of scores that are in registers at a time
+COLUMNS, FEW = 32, 16  # of scores that are in registers at a time; where SAS takes some, too
 
 Refs = dict[str, Any]
 
@@ -183,8 +183,9 @@ def _weights(
 
     names = [name for name in ("keys_scale", "extra_scale") if name in shared]
     scales = [mosaic.by_row(ring.take(shared, name, j), interpreted=interpreted) for name in names]
-    for start in range(0, part.queries, COLUMNS):
-        columns = pl.ds(start, min(COLUMNS, part.queries - start))
+    most = COLUMNS if rules.sas is None else FEW
+    for start in range(0, part.queries, most):
+        columns = pl.ds(start, min(most, part.queries - start))
         peak, total = (
             mosaic.by_column(shared[name].at[columns], interpreted=interpreted) for name in ("peak", "total")
         )
@@ -194,7 +195,7 @@ def _weights(
         raw = _masked(capped(raw, rules), place.start + j, start, limits, place, rules, part, interpreted)
         now = jnp.maximum(peak, raw.max(axis=0))
         level = jnp.where(now == -jnp.inf, 0.0, now)  # of rows that have seen nothing: not inf - inf
-        shrunk, p = jnp.exp2(peak - level), jnp.exp2(raw - mosaic.down(level, raw))
+        shrunk, p = jnp.exp2(peak - level), _exponential(mosaic.down(level, raw) - raw, rules)
         for name, weights in _weighing(p, scales, part).items():
             mosaic.store_turned(
                 shared[name].at[columns], weights.astype(jnp.bfloat16), interpreted=interpreted
@@ -208,6 +209,11 @@ def _weights(
     plgpu.barrier_arrive(shared["p_ready"])
     for name in names:
         ring.give(shared, name, j)
+
+
+def _exponential(fall: Array, rules: Rules) -> Array:
+    """Of scores times log2(e) below a maximum, of which SAS's cut may be an earlier one's."""
+    return jnp.exp2(-fall) if rules.sas is None else ring.exponential(fall * (1 / LOG2E), rules.sas)
 
 
 def _summed(scores: Any, columns: Any, part: Share, interpreted: bool) -> Array:

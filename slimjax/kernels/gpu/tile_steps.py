@@ -6,7 +6,6 @@ tokens of one tile, and a column a query.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +16,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16
 
 from slimjax.attention.integer import Integer
-from slimjax.attention.sas import coefficients
 from slimjax.cache.codecs.flashq import LIMIT
 from slimjax.kernels.gpu import mosaic, ring
 from slimjax.kernels.gpu.mosaic import LOG2E
 from slimjax.kernels.gpu.packed import Packing, expanded
-from slimjax.kernels.gpu.ring import READERS, Place, Rules
+from slimjax.kernels.gpu.ring import READERS, Place, Rules, exponential
 
 NONE = -1e30  # of a row that has seen nothing: finite, so that differences are
 COLUMNS = {64: 64, 96: 32, 128: 64}  # expanded at a time, by the size of a head: more take too many registers
@@ -81,7 +79,7 @@ def step(
         now = jnp.maximum(peak, over_rows(jnp.where(mine, highest, NONE), "max"))
         factor = factor_of(now - peak, fixed)
         level = _down(jnp.maximum(now, NONE / 2), shape)
-        p = [jnp.where(mine, exponential(level - each, fixed), 0.0) for each in scores]
+        p = [jnp.where(mine, exponential(level - each, fixed.sas), 0.0) for each in scores]
         codes, scale = _codes(p, over_rows, fixed)
         summed = (
             p if fixed.integer.denominator == "before" else [each * _down(scale, shape) for each in codes]
@@ -217,27 +215,11 @@ def _weighed(codes: list[Array], held: Any, wide: Any, fixed: Static) -> Array:
     return sums
 
 
-def exponential(x: Array, fixed: Static) -> Array:
-    """exp(-x) of x >= 0, by SAS where that is chosen (``attention.sas.sas_exp``); 0 far away."""
-    if fixed.sas is None:
-        return jnp.exp2(x * -LOG2E)
-    threshold, degree = fixed.sas
-    inside = jnp.minimum(x, threshold)
-    whole = inside.astype(jnp.int32)
-    fraction, value = inside - whole.astype(jnp.float32), jnp.zeros_like(x)
-    for coefficient in coefficients(degree):
-        value = value * fraction + coefficient
-    entry = jnp.ones_like(x)
-    for n in range(1, math.floor(threshold) + 1):
-        entry = jnp.where(whole >= n, math.exp(-n), entry)
-    return jnp.where(x > threshold, 0.0, entry * value)
-
-
 def factor_of(fall: Array, fixed: Static) -> Array:
     """Of what was summed under a lower maximum."""
     if fixed.integer.rescale == "exact" or fixed.sas is None:
         return jnp.exp2(fall * -LOG2E)
-    return jnp.where(fall == 0.0, 1.0, exponential(fall, fixed))
+    return jnp.where(fall == 0.0, 1.0, exponential(fall, fixed.sas))
 
 
 def _down(by_column: Array, shape: tuple[int, ...]) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Num
 
+from slimjax.attention.softmax import exponential_of
 from slimjax.kernels.tpu import planes
 from slimjax.kernels.tpu.tiled_rows import Tiled
 from slimjax.numerics import MASK
@@ -61,6 +62,7 @@ class Rules:
         keys_weigh: the keys are weighed, too (slim and latent rows); else the further rows alone, and every head keeps
             its own columns of them (keys and values).
         scale, softcap, window, causal: as in ``DecodeSpec``.
+        softmax: exact, or SAS, which cuts what is small against the maximum so far.
     """
 
     heads: int
@@ -71,6 +73,7 @@ class Rules:
     softcap: float | None
     window: int | None
     causal: bool
+    softmax: str = "exact"
 
 
 COLUMNS = 1024  # of a row that are worked on at a time
@@ -270,7 +273,9 @@ def weigh(
     peak, total, sums = state
     before = peak[:, :1]
     now = jnp.maximum(before, jnp.max(jnp.where(seen, raw, MASK), axis=1, keepdims=True))
-    p = jnp.where(seen, jnp.exp(raw - now), 0.0)
+    exponential = exponential_of(rules.softmax)
+    assert exponential is not None  # others are refused
+    p = jnp.where(seen, exponential(now - raw), 0.0)
     shrunk = jnp.exp(before - now)
     peak[...] = jnp.broadcast_to(now, peak.shape)
     total[...] = total[...] * shrunk + jnp.sum(p, axis=1, keepdims=True)

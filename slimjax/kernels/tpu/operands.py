@@ -12,6 +12,7 @@ from slimjax.attention.bases import basis
 from slimjax.attention.compute import compute_text
 from slimjax.attention.positions import alibi_slopes, bias, quarter_turn
 from slimjax.attention.projections import DecodeWeights
+from slimjax.attention.softmax import exponential_of
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.cache.codecs.flashq import FlashQ
@@ -93,8 +94,8 @@ def refusal(spec: DecodeSpec) -> str | None:
         return f"option 1 rebuilds rows, which takes more time than reading them; use {scheme.basis}2"
     if (mode := compute_text(scheme)) != "float":
         return f"compute mode {mode} has no kernel"
-    if scheme.softmax != "exact":
-        return f"softmax {scheme.softmax} has no kernel; it has exact"
+    if exponential_of(scheme.softmax) is None:
+        return f"softmax {scheme.softmax} has no kernel; it has exact and SAS"
     if spec.dtype not in ("bfloat16", "float32"):
         return f"compute dtype {spec.dtype} is none of a TPU's; use bfloat16 or float32"
     codec = codec_of(scheme)
@@ -189,6 +190,7 @@ def rules_of(spec: DecodeSpec, tokens: int) -> Rules:
         softcap=spec.softcap,
         window=spec.window,
         causal=spec.causal,
+        softmax=spec.scheme.softmax,
     )
 
 

@@ -12,6 +12,8 @@ For every query row m (a head of a query token) and cached row c of W numbers:
 * int16 codes are two bytes: two exact products, in INT8 of keys that are weighed, too (``planes``), else in bfloat16.
   FlashQ's tiles: ``tiled_rows``. Such keys are converted once: their operands wait in fast memory.
 
+* SAS in place of the exponential cuts what is small against the maximum so far, not against the last one.
+
 Bytes per token: those of the rows and their scales. FLOPs per token: 4 M W (6 M W under RoPE), M = N T.
 Grid: (sequence, part, block); blocks past a sequence's length, or before its window, cost no copy.
 
