@@ -38,6 +38,8 @@ CASES = [
     (2, case("k2:flashq4/64", SQUARE, "rope")),
     (1, case("k2:flashq8/64", (4, 4, 128, 512), "rope", tokens=2)),
     (2, case("k2:flashq2/64", (8, 4, 64, 256), "rope", splits=2)),
+    (2, case("k2:flashq4/64+8", SQUARE, "rope", splits=2, lengths=tiles_suite.LENGTHS)),
+    (2, case("k2:flashq2(extra=int8)/32+16", SQUARE, tokens=2)),
     (2, case("k2:flashq2/32", SQUARE, options=(("causal", False),))),
     (2, case("k2:flashq4/32", SQUARE, "learned", tokens=2, options=(("window", 100), ("softcap", 4.0)))),
     (2, case("k2:flashq4/64", (8, 8, 96, 768), "rope", lengths=(300,))),
@@ -90,10 +92,11 @@ def test_packed_keys_have_the_reference_s_sas_where_its_maximum_is(monkeypatch):
 
 
 @threaded
-def test_packed_keys_of_tokens_just_appended_see_the_buffer_as_it_was(monkeypatch):
+@pytest.mark.parametrize("scheme", ["k2:flashq4/64", "k2:flashq4(extra=int8)/64+8"])
+def test_packed_keys_of_tokens_just_appended_see_the_buffer_as_it_was(scheme, monkeypatch):
     """Three tokens, of which the second fills the buffer: the first still reads it, the third reads its tile."""
     monkeypatch.setattr(share, "CLUSTERS", (2,))
-    each = case("k2:flashq4/64", SQUARE, "rope", tokens=3, lengths=(318, 127, 40))
+    each = case(scheme, SQUARE, "rope", tokens=3, lengths=(318, 127, 40))
     q, cache, weights, spec = suite.made(each)
     draw = np.random.default_rng(1)
     streams = basis(spec).streams(spec)
@@ -121,7 +124,7 @@ def test_packed_keys_whose_loader_does_not_wait_are_seen_to_race(monkeypatch):
 
 @alone
 def test_in_a_process_of_enough_threads(request):
-    run_threaded(request, ["packed_keys"], len(CASES) + 4)
+    run_threaded(request, ["packed_keys"], len(CASES) + 5)
 
 
 @pytest.mark.parametrize(("bits", "tile"), [(8, 64), (4, 64), (4, 32), (2, 64), (2, 32)])
@@ -147,7 +150,7 @@ REFUSED = [
     ("k2:flashq2-4/64", SQUARE, "of keys alone flashq of one"),
     ("k2:flashq3/64", SQUARE, "tiles of 3 bits have no kernel"),
     ("k2:flashq8/128", SQUARE, "tiles of 128 tokens in 8 bits .* use 32 or 64"),
-    ("k2:flashq4/64+8", SQUARE, "extra coordinates beside FlashQ's tiles"),
+    ("k2:flashq4/64+12", SQUARE, "12 extra coordinates have no kernel .* multiples of 8 up to 64"),
     ("k2:flashq4/64", (2, 2, 64, 128), "FlashQ's tiles of 2 key heads .* multiples of 4"),
     ("k:flashq4/64@sas(0)", SQUARE, "softmax sas.* it has exact, and SAS with a cut"),
 ]

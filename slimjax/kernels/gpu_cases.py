@@ -76,6 +76,7 @@ CASES = (
     Case(scheme="k2:flashq4/64", shape="llama-2-7b", options=(PLAIN,)),
     Case(scheme="k2:flashq4/64", shape="llama-2-7b"),
     Case(scheme="k2:flashq4/64@sas", shape="llama-2-7b"),
+    Case(scheme="k2:flashq4/64+16", shape="phi-3-mini"),
     Case(scheme="k2:flashq8/64", shape="phi-3-mini"),
     Case(scheme="k2:flashq4/64", shape="whisper-large-self"),
     Case(scheme="k2:flashq4/64", shape="smollm2-1.7b"),

@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+import numpy as np
+from jaxtyping import Array, BFloat16, Float, Int32
 
 from slimjax.attention.masks import visible
 from slimjax.axes import Lengths, Queries
-from slimjax.cache import Cache, TiledCodec, codec_of
+from slimjax.cache import Cache, TiledCodec, codec_of, read
 from slimjax.cache.codecs.flashq import FlashQ
 from slimjax.cache.codecs.integers import IntegerCodec
 from slimjax.kernels.buffer import tokens_in_tiles
@@ -86,9 +87,10 @@ def refusal(spec: DecodeSpec, tokens: int, capacity: int, *, biased: bool, passe
         return reason
     if spec.scheme.extra % 8 or spec.scheme.extra > BLOCK:
         return f"{spec.scheme.extra} extra coordinates have no kernel for GPUs; it has multiples of 8 up to {BLOCK}"
-    if spec.scheme.extra and _coded(spec, "r") != _coded(spec, "k"):
+    as_cached = spec.scheme.extra and packing_of(spec) is None
+    if as_cached and _coded(spec, "r") != _coded(spec, "k"):
         return "extra coordinates in another codec than the keys have no kernel for GPUs"
-    if spec.scheme.extra and capacity % BLOCK:
+    if as_cached and capacity % BLOCK:
         return f"extra coordinates of {capacity} slots have no kernel for GPUs; take a multiple of {BLOCK}"
     if biased and (spec.position.rotary or spec.softcap is not None):
         return f"a key bias under {'RoPE' if spec.position.rotary else 'a softcap'} has no kernel for GPUs"
@@ -107,8 +109,6 @@ def _tiles_refusal(spec: DecodeSpec, *, biased: bool) -> str | None:
         return None
     if reason := packed.refusal(packing.bits, packing.tile):
         return reason
-    if spec.scheme.extra:
-        return "extra coordinates beside FlashQ's tiles have no kernel for GPUs"
     if biased:
         return "a key bias beside FlashQ's tiles has no kernel for GPUs"
     if spec.kv_heads % 4:
@@ -161,6 +161,8 @@ def attend(
         assert isinstance(codec, TiledCodec)
         tiles = jax.tree.unflatten(stored.structure, stored.leaves)
         held = {"k": Held(tiles.packed, tiles.scale, tiles.step, tiles.low)}
+        if spec.scheme.extra:
+            held["r"] = Held(_in_order(cache, codec))
         positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
         limit = jnp.minimum(tokens_in_tiles(cache, codec, positions), cache.capacity)
     if found is None:
@@ -180,6 +182,20 @@ def attend(
         at += count
     mixed, log_sums = (jnp.concatenate(each, axis=1) for each in zip(*calls, strict=True))
     return mixed, log_sums
+
+
+def _in_order(cache: Cache, codec: TiledCodec) -> BFloat16[Array, "B R s"]:
+    """Extra coordinates, decoded, in the order in which blocks of packed keys have their tokens.
+
+    By XLA: they are a few of a row's numbers, whose codes would take the kernel as long as many.
+    """
+    rows = read(dataclasses.replace(cache, streams={"r": cache.streams["r"]}), codec, "float32")["r"][:, :, 0]
+    packing = Packing(bits=codec.bits, tile=codec.tile)
+    blocks = np.arange(-(-cache.capacity // packing.span) * packing.parts)[:, None]
+    step, of_byte = packing.split(blocks)
+    order = step * packing.span + of_byte * packing.rows + packing.offset(np.arange(BLOCK))
+    found = jnp.take(rows, order.reshape(-1), axis=1, mode="fill", fill_value=0)
+    return jnp.swapaxes(found, 1, 2).astype(jnp.bfloat16)
 
 
 def _once(

@@ -18,7 +18,8 @@ time:
 * Codes of 16 bits are two bfloat16 numbers each, exactly; they, and keys under RoPE, go through registers, the mixers'
   transposed on the way. Their scale is a token's: scores are multiplied by it, and weights once more.
 * FlashQ's packed codes become bfloat16 rows on the way: the loader brings their bytes, and writes the rows
-  (``slim_packed``). A block of tokens is then one part of 64 rows of bytes, and its tokens are not neighbours.
+  (``slim_packed``). A block of tokens is then one part of 64 rows of bytes, and its tokens are not neighbours; extra
+  coordinates come decoded, in the same order.
 * RoPE turns keys in float32, halves of a head against each other, by the angles of the block's start and of the tokens
   in it. Turned keys are rounded to bfloat16, those of codes to two.
 * Shared memory holds two blocks of tokens and a part of a third: while one is weighed, scores of the next go round.
@@ -39,12 +40,13 @@ Compiled for sm_90a (jax 0.12.0.1, CUDA 13.0, 2026-11-23), no registers spilled,
     T5-11B        C 2   e bf16 228,536, three clusters for 128 heads: each reads all rows
     flashq        Llama-2-7B 4 bits 227,672      Phi-3-mini 8 bits 223,448    Whisper 4 bits 224,760
                   SmolLM2-1.7B 2 bits, 2 tokens 222,552
+    flashq+16     Phi-3-mini 4 bits 219,432      SmolLM2-1.7B 2 bits 210,272    (Llama-2-7B: no room)
 
 Not run on a GPU: what the exchange through L2 costs is not known. Blocks of a cluster could send scores to each
 other's shared memory instead, which the interpreter does not know. A block of tokens waits for the weights of the one
 before: where shared memory holds little more than two (Llama-2-7B) a step is estimated to take up to twice as long as
 its bytes. Not served: keys with a bias under RoPE, RoPE of neighbouring coordinates, keys of more columns than a
-cluster of 8 shares (T5-11B has 16,384), extra coordinates where slots are no multiple of 64.
+cluster of 8 shares (T5-11B has 16,384), extra coordinates as they are cached where slots are no multiple of 64.
 """
 
 import dataclasses

@@ -27,6 +27,8 @@ def load_rows(arrays: Refs, shared: Refs, place: Place, part: Share, interpreted
             slim_packed.bring(j, arrays, shared, place, part, interpreted)
         else:
             _bring(j, arrays, shared, place, part)
+        # After the pieces: their places wait for what was weighed, and columns need not.
+        _beside(j, arrays, shared, place, part)
         pl.when(j > 0)(lambda: _fetch(j - 1, arrays, shared, place, part, interpreted))
 
     @pl.when(place.count > 0)
@@ -60,7 +62,10 @@ def _bring(j: Any, arrays: Refs, shared: Refs, place: Place, part: Share) -> Non
         source = arrays["keys"].at[sequence, tokens, columns]
         plgpu.copy_gmem_to_smem(source, shared["keys"].at[slot], shared["keys_ready"].at[slot])
 
-    # After the pieces: their places wait for what was weighed, and columns need not.
+
+def _beside(j: Any, arrays: Refs, shared: Refs, place: Place, part: Share) -> None:
+    """Scales and extra coordinates of a block of tokens."""
+    tokens, sequence = ring.rows_of(place.start + j), jax.lax.div(place.sequence, jnp.int32(part.groups))
     for name in ("keys_scale", "extra_scale"):
         if name in shared:
             ring.bring(shared, name, j, arrays[name].at[sequence, 0, tokens])

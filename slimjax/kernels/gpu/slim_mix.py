@@ -77,7 +77,8 @@ def _added(mixed: Sums, shared: Refs, j: Any, group: Any, part: Share, interpret
 def _extra(sums: Array, shared: Refs, j: Any, place: Place, part: Share, interpreted: bool) -> Array:
     """With a block of tokens, of extra coordinates; those behind the sequence's end may be NaN."""
     rows = mosaic.load(ring.take(shared, "extra", j), interpreted=interpreted)
-    at = (place.start + j) * BLOCK + mosaic.iota(rows.shape, 1, interpreted=interpreted)
+    _, first = part.begin(place.start + j)
+    at = first + part.offset(mosaic.iota(rows.shape, 1, interpreted=interpreted))
     seen = jnp.where(at < place.length, rows, jnp.zeros_like(rows))
     split = parts(numbers(seen), part) if part.codes else [seen]
     weights = shared["p_extra" if part.codes else "p"]
