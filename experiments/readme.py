@@ -55,6 +55,8 @@ def render(text: str, folder: Path = ROOT / "experiments" / "records", *, draw: 
 def _plot(found: Sequence[records.Record], name: str, target: Path, draw: bool) -> str:
     """An image and its caption."""
     made = report.report_plots(found)
+    if name not in made and target.name.startswith(GPU):  # of a run with one context
+        return "Not drawn: these records have nothing to draw.\n"
     if name not in made:
         raise ValueError(f"unknown plot {name!r}{suggest(name, made)}")
     caption, figure = made[name]
@@ -82,6 +84,9 @@ def stale(path: Path) -> str | None:
     text = path.read_text(encoding="utf-8")
     if not MARKED.search(text):
         return f"{path}: no table markers"
+    for name in re.findall(r"\]\((records/[^)]*)\)", text):
+        if not (path.parent / name).exists():
+            return f"{path}: {name} is missing, run python -m experiments.readme"
     return None if render(text) == text else f"{path}: stale, run python -m experiments.readme"
 
 

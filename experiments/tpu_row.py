@@ -21,7 +21,12 @@ from slimjax.kernels.tpu_cases import Case, Program
 
 Row = dict[str, Any]
 # What schedules and temporaries depend on, in slimjax/.
-SOURCES = ("kernels/tpu/*.py", "kernels/tiles.py", "kernels/pallas_tpu.py", "cache/layout.py")
+SOURCES = (
+    "kernels/tpu/*.py",
+    *(f"kernels/{name}.py" for name in ("tiles", "pallas_tpu", "buffer", "combine", "flashq")),
+    *(f"cache/{name}.py" for name in ("layout", "tiled", "cache")),
+    *(f"attention/{name}.py" for name in ("softmax", "sas")),
+)
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 LIMIT = 600.0  # seconds a program may take
 REASON = 400  # characters of a reason that are kept
@@ -51,15 +56,24 @@ def measure(case: Case, generation: str, *, cycles: bool = False, limit: float =
 
 @functools.cache
 def kernel_source() -> str:
-    """sha256 (12 hex) of what the kernels' modules do, whatever their comments and docstrings say."""
+    """sha256 (12 hex) of what the kernels' modules do, whatever lines of comments and docstrings say."""
     folder, total = Path(slimjax.__file__).parent, hashlib.sha256()
     for path in sorted(path for pattern in SOURCES for path in folder.glob(pattern)):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        total.update(f"{path.relative_to(folder).as_posix()}\0{ast.unparse(tree)}\0".encode())
+        code = "\n".join(_code(path.read_text(encoding="utf-8")))
+        total.update(f"{path.relative_to(folder).as_posix()}\0{code}\0".encode())
     return total.hexdigest()[:12]
+
+
+def _code(text: str) -> list[str]:
+    """Lines that do something. Not what Python makes of them: that is each version's own."""
+    said: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node) is not None:
+            said.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return [
+        line for at, line in lines if at not in said and line.strip() and not line.strip().startswith("#")
+    ]
 
 
 def _in_process(case: Case, generation: str, cycles: bool, limit: float, folder: Path) -> Row:

@@ -131,12 +131,13 @@ def test_a_part_without_keys_counts_nothing(x64):
         ("kv:bf16@sas", None, "put together by sums of exponentials, which sas"),
         ("kv:bf16@sparse(0.01)", None, "which sparse"),
         ("kv:bf16#sage", None, "log-sums are not known"),
+        ("kv:bf16", "fire", "'fire' depends on where in the whole sequence"),
         ("kv:flashq4", [70, 70], "int8 takes queries behind a cache's end for padding"),
     ],
 )
 def test_what_cannot_be_put_together_is_refused(scheme, start, reason):
-    case, layer, q, caches = made(scheme, "none", "float32")
-    start = None if start is None else jnp.asarray(start, jnp.int32)
+    case, layer, q, caches = made(scheme, "fire" if start == "fire" else "none", "float32")
+    start = jnp.asarray(start, jnp.int32) if isinstance(start, list) else None
     with pytest.raises(NotImplementedError, match=reason):
         slimjax.decode_part(q, caches[0], layer.weights, case.spec, start=start)
 

@@ -101,6 +101,8 @@ def test_layers_take_the_implementation_that_they_are_made_with():
         layers, _ = convert_model(model, "k2:bf16", implementation=implementation)
         texts.append(generate(model, prompts(1, 5), layers=layers, max_new_tokens=3))
     np.testing.assert_array_equal(*texts)
+    with pytest.raises(ValueError, match="unknown implementation 'palas_tpu'; did you mean 'pallas_tpu'"):
+        convert_model(model, "k2:bf16", implementation="palas_tpu")
     refused, _ = convert_model(model, "kv:kivi4", implementation="pallas_tpu")
     with pytest.raises(NotImplementedError, match="kivi"):
         generate(model, prompts(1, 5), layers=refused, max_new_tokens=3)

@@ -50,7 +50,7 @@ def attend_full(
     Args:
         x: the layer's (normalised) inputs, any float dtype.
         projections: the layer's weights; used in ``spec.dtype``.
-        spec: its scheme is not looked at.
+        spec: its scheme is not looked at, but by kernels of prompts, as is its implementation.
         mask: further restricts what the spec's causality and window leave visible.
         length: [B], tokens of each right-padded sequence; None: all T.
         compute: in which arithmetic queries meet keys and values; None: floating point.

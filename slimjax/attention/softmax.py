@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from slimjax.attention.sas import DEGREE, THRESHOLD, sas, sas_exp
+from slimjax.attention.sas import DEGREE, MOST_COMPARED, THRESHOLD, sas, sas_exp
 from slimjax.axes import Scores, typed
 from slimjax.numerics import MASK
 from slimjax.scheme import suggest
@@ -95,6 +95,12 @@ def sas_of(text: str) -> tuple[float, int] | None:
         return None
     threshold, degree = (*numbers, *(THRESHOLD, DEGREE)[len(numbers) :])
     return threshold, int(degree)
+
+
+def compared(text: str) -> bool:
+    """Whether a kernel can compute it: exact, or SAS whose table is found by comparing and not gathered."""
+    cut = sas_of(text)
+    return text == "exact" if cut is None else 0 < cut[0] < MOST_COMPARED + 1
 
 
 def _parsed(text: str) -> tuple[str, list[float]]:

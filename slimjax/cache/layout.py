@@ -87,7 +87,8 @@ def _one_by_one(
     """The same of one token each, by whole lanes of each sequence.
 
     A scatter of single columns, and a loop that writes them, XLA for TPU gives the whole leaf another layout for, in
-    which lanes are filled up, and turns it back. A slot that does not exist is in no lane.
+    which lanes are filled up, and turns it back. A slot that does not exist is in no lane. Where sequences are spread
+    over devices it belongs within ``shard_map``: the loop goes over all of them.
     """
     width = min(LANES, leaf.shape[2])
     start = jnp.minimum(slots // width * width, leaf.shape[2] - width)

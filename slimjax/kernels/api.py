@@ -83,7 +83,7 @@ def decode_part(
 
     A sequence may lie in several caches, on several devices: each answers for its own tokens, and answers weigh as
     much as their shares of the softmax. They are finished rows, so the combination is the whole's, as long as every
-    part has the same weights.
+    part has the same weights, scheme and implementation.
 
     Args:
         q, cache, weights, spec, implementation: as of ``decode``.
@@ -97,12 +97,16 @@ def decode_part(
 
     Raises:
         ValueError, NotImplementedError, RuntimeError: as ``decode``. NotImplementedError also of a softmax other than
-            the exact one, and of other arithmetic that knows no log-sums; and of causal integer attention with
-            ``start``, which takes queries behind a cache's end for padding.
+            the exact one, of FIRE, and of other arithmetic that knows no log-sums; and of causal integer attention
+            with ``start``, which takes queries behind a cache's end for padding.
     """
     if spec.scheme.softmax != "exact":
         raise NotImplementedError(
             f"scheme {spec.scheme}: parts are put together by sums of exponentials, which {spec.scheme.softmax} has not"
+        )
+    if spec.position.kind == "fire":
+        raise NotImplementedError(
+            f"position scheme 'fire' depends on where in the whole sequence a query stands"
         )
     if start is not None and spec.causal and (mode := compute_text(spec.scheme)) != "float":
         raise NotImplementedError(
@@ -111,7 +115,9 @@ def decode_part(
         )
     out, log_sums = _attend(q, cache, weights, spec, implementation, start)
     if log_sums is None:
-        raise NotImplementedError(f"scheme {spec.scheme}: its log-sums are not known in this arithmetic")
+        raise NotImplementedError(
+            f"scheme {spec.scheme}: its log-sums are not known in this arithmetic, nor of two passes"
+        )
     return out, log_sums
 
 

@@ -45,7 +45,8 @@ def decode(
 
     Args:
         q, cache, weights, spec, start: as there; ``start`` is the position of each sequence's first query.
-        splits: parts that a sequence is cut into; None: see ``grid.parts``.
+        splits: parts that a sequence is cut into; None: see ``grid.parts``. SAS cuts what is small against a part's
+            own maximum, and so depends on them.
         passes: how often keys alone are read, 1 or 2; None: see ``keys.plan``. Other bases are read once.
         interpret: False, or ``mosaic.interpreter()``; None: interpreted where there is no GPU.
 

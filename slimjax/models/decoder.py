@@ -19,10 +19,11 @@ from slimjax.attention.positions import Position
 from slimjax.axes import Inputs, Lengths, Tokens
 from slimjax.cache import Cache
 from slimjax.config import ModelConfig
+from slimjax.kernels.api import IMPLEMENTATIONS
 from slimjax.models.layers import MLP, Norm
 from slimjax.nn import MultiHeadAttention
 from slimjax.numerics import accumulation_dtype, einsum
-from slimjax.scheme import Scheme
+from slimjax.scheme import Scheme, suggest
 from slimjax.solve import Figures, convert
 from slimjax.solve.heads import permute_heads
 from slimjax.solve.mixing import by_layer
@@ -197,8 +198,12 @@ def convert_model(
 
     Raises:
         NotImplementedError: a layer cannot use its scheme or order; the message names the alternative.
-        ValueError: as many schemes, and orders, as layers are needed; an order that is not a permutation.
+        ValueError: as many schemes, and orders, as layers are needed; an order that is not a permutation; an unknown
+            implementation.
     """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
+        hint = suggest(implementation, IMPLEMENTATIONS)
+        raise ValueError(f"unknown implementation {implementation!r}{hint}")
     schemes = by_layer(scheme, len(model.blocks))
     moves = [None] * len(model.blocks) if orders is None else list(orders)
     if len(moves) != len(model.blocks):

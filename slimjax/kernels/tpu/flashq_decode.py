@@ -13,6 +13,8 @@ from slimjax.attention.compute import compute_of
 from slimjax.attention.integer import Asked, Integer, State
 from slimjax.attention.positions import alibi_slopes, bias
 from slimjax.attention.projections import DecodeWeights
+from slimjax.attention.sas import MOST_COMPARED
+from slimjax.attention.softmax import compared
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.cache.codecs.flashq import FlashQ, FlashQTiles
@@ -38,7 +40,10 @@ def refusal(spec: DecodeSpec) -> str | None:
     parts = flashq.widths(codec_of(spec.scheme)) or ()
     if reason := next((tiled_rows.refusal(part) for part in parts if part.bits == 3), None):
         return reason
-    return flashq.refusal(spec)
+    if reason := flashq.refusal(spec):
+        return reason
+    softmax, cut = spec.scheme.softmax, f"SAS with a cut of at most {MOST_COMPARED}"
+    return None if compared(softmax) else f"softmax {softmax} has no kernel; it has exact, and {cut}"
 
 
 def decode_tiles(

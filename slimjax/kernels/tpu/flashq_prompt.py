@@ -25,7 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int8
 
 from slimjax.attention.integer import Integer
-from slimjax.attention.softmax import exponential_of
+from slimjax.attention.sas import MOST_COMPARED
+from slimjax.attention.softmax import compared, exponential_of
 from slimjax.axes import Keys, Lengths, Queries, Values, typed
 from slimjax.cache.codecs.flashq import LIMIT
 from slimjax.kernels import flashq
@@ -57,6 +58,8 @@ def refusal(spec: DecodeSpec, tile: int) -> str | None:
     """Why prompts in such tiles are not served, or None."""
     if tile not in TILES:
         return f"tiles of {tile} tokens; it has {', '.join(map(str, TILES))}"
+    if not compared(spec.scheme.softmax):
+        return f"softmax {spec.scheme.softmax}; it has exact, and SAS with a cut of at most {MOST_COMPARED}"
     return flashq.prompt_refusal(spec)
 
 

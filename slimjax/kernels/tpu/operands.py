@@ -12,7 +12,8 @@ from slimjax.attention.bases import basis
 from slimjax.attention.compute import compute_text
 from slimjax.attention.positions import alibi_slopes, bias, quarter_turn
 from slimjax.attention.projections import DecodeWeights
-from slimjax.attention.softmax import exponential_of
+from slimjax.attention.sas import MOST_COMPARED
+from slimjax.attention.softmax import compared
 from slimjax.axes import Lengths, Queries
 from slimjax.cache import Cache, TiledCodec, codec_of
 from slimjax.cache.codecs.flashq import FlashQ
@@ -94,8 +95,8 @@ def refusal(spec: DecodeSpec) -> str | None:
         return f"option 1 rebuilds rows, which takes more time than reading them; use {scheme.basis}2"
     if (mode := compute_text(scheme)) != "float":
         return f"compute mode {mode} has no kernel"
-    if exponential_of(scheme.softmax) is None:
-        return f"softmax {scheme.softmax} has no kernel; it has exact and SAS"
+    if not compared(scheme.softmax):
+        return f"softmax {scheme.softmax} has no kernel; it has exact, and SAS with a cut of at most {MOST_COMPARED}"
     if spec.dtype not in ("bfloat16", "float32"):
         return f"compute dtype {spec.dtype} is none of a TPU's; use bfloat16 or float32"
     codec = codec_of(scheme)

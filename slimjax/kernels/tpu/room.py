@@ -23,6 +23,7 @@ def memory(operands: Operands, rules: Rules) -> Memory:
     token = sum(map(_held, (keys, *operands.further)))
     token += len(kept(operands, rules)) * padded(keys.width) * operands.kept.itemsize
     token += (3 if operands.bias is None else 5) * 4 * rows  # scores, weights, a copy of either; bias, twice
+    token += 0 if rules.softmax == "exact" else 5 * 4 * rows  # what SAS makes of them
     period = LANES
     if operands.turned is not None:
         period = angles_period(keys.width // rules.kv_heads, keys.width)
