@@ -138,7 +138,7 @@ class Ceilings:
 def ceilings(
     nbytes: int, *, seconds: float = 1.0, clock: Clock = time.perf_counter, buffers: int = 2
 ) -> Ceilings:
-    """Measured on the default device with ``buffers`` arrays of ``nbytes`` random numbers each, taken in turns, call by call.
+    """Measured on the default device with ``buffers`` arrays of ``nbytes`` random numbers each; calls take turns.
 
     Take more bytes than the caches hold. A call goes through its array until it lasts about ``CALL``, or launching it
     would lower the ceiling. The fastest of the calls counts, since it is one.

@@ -106,7 +106,7 @@ def decode_part(
         )
     if spec.position.kind == "fire":
         raise NotImplementedError(
-            f"position scheme 'fire' depends on where in the whole sequence a query stands"
+            "position scheme 'fire' depends on where in the whole sequence a query stands"
         )
     if start is not None and spec.causal and (mode := compute_text(spec.scheme)) != "float":
         raise NotImplementedError(
