@@ -19,11 +19,11 @@ import jax, jax.numpy as jnp
 turn = jax.jit(lambda x: jnp.cumsum(jnp.sin(x)[::-1]) * 2)
 x = jnp.ones(3_000_000)
 found = []
-for _ in range(8):
+for _ in range(24):  # the heap grows for some ten of them, until arrays have places that small ones leave alone
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     turn(x).block_until_ready()
     found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(min(found[4:]))
+print(sorted(found[12:])[6])
 """
 
 
