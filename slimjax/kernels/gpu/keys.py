@@ -154,7 +154,7 @@ def attend(
     buffer. Raises RuntimeError interpreted with too few threads.
     """
     found, limit = plan(spec, q.shape[1], passes), None
-    if packing_of(spec) is None:
+    if (packing := packing_of(spec)) is None:
         held = {name: Held(*stream.leaves) for name, stream in cache.streams.items()}
     else:
         codec, stored = codec_of(spec.scheme), cache.streams["k"].tiles
@@ -162,7 +162,7 @@ def attend(
         tiles = jax.tree.unflatten(stored.structure, stored.leaves)
         held = {"k": Held(tiles.packed, tiles.scale, tiles.step, tiles.low)}
         if spec.scheme.extra:
-            held["r"] = Held(_in_order(cache, codec))
+            held["r"] = Held(_in_order(cache, codec, packing))
         positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None]
         limit = jnp.minimum(tokens_in_tiles(cache, codec, positions), cache.capacity)
     if found is None:
@@ -184,13 +184,12 @@ def attend(
     return mixed, log_sums
 
 
-def _in_order(cache: Cache, codec: TiledCodec) -> BFloat16[Array, "B R s"]:
+def _in_order(cache: Cache, codec: TiledCodec, packing: Packing) -> BFloat16[Array, "B R s"]:
     """Extra coordinates, decoded, in the order in which blocks of packed keys have their tokens.
 
     By XLA: they are a few of a row's numbers, whose codes would take the kernel as long as many.
     """
     rows = read(dataclasses.replace(cache, streams={"r": cache.streams["r"]}), codec, "float32")["r"][:, :, 0]
-    packing = Packing(bits=codec.bits, tile=codec.tile)
     blocks = np.arange(-(-cache.capacity // packing.span) * packing.parts)[:, None]
     step, of_byte = packing.split(blocks)
     order = step * packing.span + of_byte * packing.rows + packing.offset(np.arange(BLOCK))
