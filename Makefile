@@ -8,7 +8,7 @@
 #   quickstart       4    (limit 5) after installation; .ci/run trains briefly: 2
 #   test-fast       19    on Python 3.12 with the newest jax, with 1 to install
 #   test-tpu         1    on Python 3.12, with 1 to install libtpu
-#   test-gpu-aot    20    on Python 3.12, with 1 to install the compiler; 7 of it compiled, the rest interpreted
+#   test-gpu-aot    20    (estimated) on Python 3.12, with 1 to install the compiler; 7 of it compiling, the rest interpreted
 
 PYTHON ?= python3
 # More arguments for pytest or experiments.run: make test ARGS="-k rope"
