@@ -11,6 +11,7 @@ step_00000100.1/    the same step, saved a second time: it counts, once it is th
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,16 +154,31 @@ def _damage(path: Path, what: str) -> ValueError:
 @contextlib.contextmanager
 def _orbax() -> Iterator[ocp.PyTreeCheckpointer]:
     """orbax, which raises what goes wrong, without the pages it logs of it besides."""
-    logger, hook = logging.getLogger("absl"), sys.unraisablehook
-    before, logger.disabled = logger.disabled, True
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    before = [logger.disabled for logger in loggers]
+    for logger in loggers:
+        logger.disabled = True
     if hook is not _unraisable:
         _unraisable.hook, sys.unraisablehook = hook, _unraisable
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             yield checkpointer
         sys.unraisablehook = hook
+    except BaseException as error:
+        _let_go(error)
+        raise
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+def _let_go(error: BaseException) -> None:
+    """End the other writes of a save now: those that the traceback keeps complain when the interpreter ends."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+    gc.collect()
 
 
 class _Unraisable:
